@@ -1,0 +1,1 @@
+"""Python source to IR. Nothing of the user's is run here."""

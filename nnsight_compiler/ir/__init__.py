@@ -1,0 +1,1 @@
+"""The language that experiments are compiled to: structured SSA with regions for forwards, loops and conditions."""
