@@ -4,16 +4,16 @@ Fields have roles, told by name and annotation: `result` and `results` are defin
 `Operand` (or with a structure made of operands) are used by it, `Region` fields are nested code, the rest are plain
 attributes. `nnsight_compiler.ir.traverse` works on any op through these roles.
 
-Regions of `forward`, `invoke`, `with` and `at` run exactly once, in place: what they define is visible after them.
-Regions of `if`, `for`, `while`, `try` and `closure` are closed: values leave them through terminators (`yield`,
-`continue`, `break`) or cells.
+Regions of `forward`, `invoke`, `with`, `backward` and `at` run exactly once, in place: what they define is visible
+after them. Regions of `if`, `for`, `while`, `try`, `steps` and `closure` are closed: values leave them through
+terminators (`yield`, `continue`, `break`) or cells.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import ClassVar, final
+from typing import ClassVar, final, get_args
 from typing import Literal as OneOf
 
 from nnsight_compiler.ir.span import NOWHERE, Span
@@ -587,7 +587,7 @@ AnyOp = (
 )  # fmt: skip
 """Every op there is. `match` over it ends in `assert_never`."""
 
-ALL_OPS: tuple[type[Op], ...] = AnyOp.__args__  # type: ignore[attr-defined]  # typeshed has no Union.__args__
+ALL_OPS: tuple[type[Op], ...] = get_args(AnyOp)
 TERMINATORS = (Yield, Break, Continue, Return, Raise)
-TRANSPARENT = (Forward, Invoke, With, At)
+TRANSPARENT = (Forward, Invoke, With, Backward, At)
 """Ops whose region runs once, in place, so that its values stay visible after it."""

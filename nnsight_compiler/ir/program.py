@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal as OneOf
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from nnsight_compiler.ir.ops import Op, Parameter, Region
 from nnsight_compiler.ir.span import NOWHERE, Span
-from nnsight_compiler.ir.traverse import defined, regions, walk
+from nnsight_compiler.ir.traverse import definitions, walk
 from nnsight_compiler.ir.values import Value
+
+if TYPE_CHECKING:
+    from networkx import MultiDiGraph
 
 
 @final
@@ -43,11 +46,13 @@ class Program:
     def values(self) -> Iterator[Value]:
         """Every value that the program defines: parameters, results, parameters of regions."""
         yield from (parameter.value for parameter in self.parameters)
-        yield from self.body.parameters
-        for op in self.walk():
-            yield from defined(op)
-            for region in regions(op):
-                yield from region.parameters
+        yield from definitions(self.body)
+
+    def graph(self) -> MultiDiGraph:
+        """The program as a graph of ops: data, memory and effect edges (see `nnsight_compiler.ir.graph`)."""
+        from nnsight_compiler.ir.graph import program_graph
+
+        return program_graph(self)
 
     def __str__(self) -> str:
         from nnsight_compiler.ir.printer import print_program

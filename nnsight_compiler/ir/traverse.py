@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from functools import cache
 from typing import Any, TypeVar
 
-from nnsight_compiler.ir.ops import Argument, Element, FormatPart, Handler, Op, Parameter, Region
+from nnsight_compiler.ir.ops import Argument, Closure, Element, FormatPart, Handler, Op, Parameter, Region
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value, map_operand, values_in
 
 AnOp = TypeVar("AnOp", bound=Op)
 
 
-@cache
-def _roles(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+_Roles = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+_KNOWN_ROLES: dict[type[Op], _Roles] = {}
+
+
+def _roles(kind: type[Op]) -> _Roles:
     """Names of the fields that hold results, operands and regions."""
+    if kind not in _KNOWN_ROLES:
+        _KNOWN_ROLES[kind] = _find_roles(kind)
+    return _KNOWN_ROLES[kind]
+
+
+def _find_roles(kind: type[Op]) -> _Roles:
     results, operand, region = [], [], []
     for item in fields(kind):
         annotation = str(item.type)
@@ -90,6 +98,17 @@ def walk(region: Region) -> Iterator[Op]:
         yield op
         for inner in regions(op):
             yield from walk(inner)
+
+
+def definitions(region: Region) -> Iterator[Value]:
+    """Every value defined in a region or in the regions inside it: parameters, results, parameters of closures."""
+    yield from region.parameters
+    for op in region.ops:
+        yield from defined(op)
+        if isinstance(op, Closure):
+            yield from (parameter.value for parameter in op.parameters)
+        for inner in regions(op):
+            yield from definitions(inner)
 
 
 def rewrite(

@@ -43,10 +43,14 @@ class Literal:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Literal):
             return NotImplemented
-        return type(self.value) is type(other.value) and repr(self.value) == repr(other.value)
+        return type(self.value) is type(other.value) and self._spelling() == other._spelling()
 
     def __hash__(self) -> int:
-        return hash((type(self.value).__name__, repr(self.value)))
+        return hash((type(self.value).__name__, self._spelling()))
+
+    def _spelling(self) -> str:
+        # Python refuses to write very long integers in decimal.
+        return hex(self.value) if isinstance(self.value, int) else repr(self.value)
 
 
 @final
@@ -84,7 +88,7 @@ class Tuple:
 
 Operand = Value | Literal | Unbound | Module | Slice | Tuple
 
-NONE = Literal(None)
+NONE: Literal = Literal(None)
 UNBOUND = Unbound()
 
 
