@@ -1,0 +1,97 @@
+"""The wrapper that any `nn.Module` can be put into, so that experiments can be run on it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import nn
+
+from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.models.view import ModuleView, describe
+
+if TYPE_CHECKING:
+    from nnsight_compiler.block import Trace
+
+GENERATION_ARGUMENTS = frozenset(
+    {
+        "max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "do_sample", "num_beams",
+        "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size",
+        "num_return_sequences", "length_penalty", "early_stopping", "streamer", "stopping_criteria",
+        "stop_strings", "logits_processor", "generation_config", "assistant_model", "return_dict_in_generate",
+    }
+)  # fmt: skip
+"""Arguments of `generate` which a single forward would ignore or choke on."""
+
+
+class TraceArgumentError(ModelError, TypeError):
+    """An argument that `trace` does not take."""
+
+
+class NNsight(ModuleView):
+    """Any `nn.Module`, wrapped. Submodules, weights and attributes are reached as on the module itself.
+
+    Subclasses say how inputs are prepared (`_prepare`) and when weights are loaded (`_ready`).
+    """
+
+    _wrapped: nn.Module
+
+    def __init__(self, module: nn.Module) -> None:
+        if isinstance(module, ModuleView):
+            raise ModelError(f"{describe(module)} is wrapped already; wrap a torch module")
+        if not isinstance(module, nn.Module):
+            raise ModelError(f"a torch.nn.Module is needed, not {type(module).__name__}")
+        super().__init__(self, "")
+        self._wrapped = module
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Trace:
+        """One forward of the model: `with model.trace(inputs):` and a body that reads and writes its internals."""
+        wrong = sorted(GENERATION_ARGUMENTS & kwargs.keys() - self._forward_parameters().keys())
+        if wrong:
+            raise TraceArgumentError(
+                f"`trace` runs one forward and takes no {', '.join(wrong)}: these are arguments of `generate`"
+            )
+        from nnsight_compiler.block import Trace  # it is built on this module
+
+        return Trace(self, "trace", args, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: this version runs experiments on single forwards."""
+        raise ModelError(
+            "experiments on generation are not in this version: use `with model.trace(…)` for one forward, in a loop of"
+            " your own where several tokens are needed; to generate without interventions, call `generate` of the"
+            " transformers model itself"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the plain model on inputs as `trace` takes them."""
+        module = self._ready()
+        args, kwargs = self._prepare(args, kwargs)
+        return module(*args, **kwargs)
+
+    @property
+    def _class_name(self) -> str:
+        """The name of the wrapped module's class."""
+        return type(self._wrapped).__name__
+
+    def _ready(self) -> nn.Module:
+        """The torch module with its weights loaded."""
+        return self._wrapped
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the torch module's forward, from those given to `trace`. Needs no loaded weights."""
+        return args, kwargs
+
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Small arguments on which a forward can be observed, where the kind of model tells them."""
+        return None
+
+    def _forward_parameters(self) -> dict[str, inspect.Parameter]:
+        """The parameters that the torch module's forward names."""
+        return dict(inspect.signature(self._wrapped.forward).parameters)

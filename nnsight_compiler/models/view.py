@@ -1,0 +1,272 @@
+"""A module of a wrapped model, by its path: what `model.transformer.h[3].mlp` is, outside a trace and inside.
+
+A view holds a path, not a module: the model may load its weights later, and its owner may replace a submodule, so the
+torch module is looked up at each use. Looking up has no effects, except that a weight which is asked for as a value is
+loaded first.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.models.names import NoStandardModule, stands_for
+
+if TYPE_CHECKING:
+    from nnsight_compiler.models.nnsight import NNsight
+
+SITE_NAMES = ("output", "input", "inputs", "calls", "skip", "source")
+"""What a module has inside a trace only."""
+
+_INDEXED = (nn.ModuleList, nn.Sequential)
+
+
+class UnknownModuleError(ModelError, AttributeError):
+    """A name that a module does not have."""
+
+
+class ModuleIndexError(ModelError, IndexError):
+    """An index past the end of a list of modules."""
+
+
+class OutsideTraceError(ModelError, AttributeError):
+    """A site's name (`.output`, `.input`, …), or an assignment, outside a trace."""
+
+
+class NotAContainerError(ModelError, TypeError):
+    """An index, a length or a loop on a module that has no items."""
+
+
+class ModuleView:
+    """A module of a wrapped model. Names and items are those of the torch module, then the standard names.
+
+    Child modules come back as views, weights as tensors (loaded first where they are not yet), anything else as it is.
+    `view["name"]` and `view["dotted.path"]` reach a submodule by name, also one whose name has another meaning here.
+    """
+
+    __slots__ = ("__weakref__", "_path", "_root")
+
+    _root: NNsight
+    _path: str
+
+    def __init__(self, root: NNsight, path: str) -> None:
+        object.__setattr__(self, "_root", root)
+        object.__setattr__(self, "_path", path)
+
+    @property
+    def _module(self) -> nn.Module:
+        """The torch module that stands at the path now."""
+        return module_at(self._root, self._path)
+
+    # `Any`: what a name gives is known to the torch module alone.
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_root", "_path", "_wrapped"):  # not yet set: asking the model for them would ask for them again
+            raise AttributeError(name)
+        return resolve(self._root, self._path, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        _refuse_assignment(self, name)
+
+    def __delattr__(self, name: str) -> None:
+        _refuse_assignment(self, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        module = self._module
+        if isinstance(module, _INDEXED) and not isinstance(index, str):
+            names = list(module._modules)
+            if isinstance(index, slice):
+                return [self._child(name) for name in names[index]]
+            try:
+                return self._child(names[index])
+            except IndexError:
+                raise ModuleIndexError(
+                    f"{describe(self)} holds {len(names)} modules: no index {index} (0 to {len(names) - 1})"
+                    if names
+                    else f"{describe(self)} is empty: no index {index}"
+                ) from None
+        if isinstance(index, str):
+            return self._submodule(index)
+        if not hasattr(module, "__getitem__"):
+            raise NotAContainerError(f"{describe(self)} has no items; its children: {_listed(module._modules)}")
+        return _present(self._root, self._path, lambda at: at[index])
+
+    def _child(self, name: str) -> ModuleView:
+        return ModuleView(self._root, canonical_path(self._root, _join(self._path, name)))
+
+    def _submodule(self, name: str) -> Any:
+        view: Any = self
+        for part in name.split("."):
+            module = view._module
+            if module._modules.get(part) is not None:
+                view = view._child(part)
+            elif isinstance(module, nn.ParameterDict) and part in module:
+                return _present(view._root, view._path, lambda at, part=part: at[part])
+            else:
+                raise _unknown(view._root, view._path, part)
+        return view
+
+    def __len__(self) -> int:
+        module = self._module
+        if not hasattr(module, "__len__"):
+            raise NotAContainerError(f"{describe(self)} has no length")
+        return len(module)
+
+    def __bool__(self) -> bool:
+        return bool(self._module)
+
+    def __iter__(self) -> Iterator[Any]:
+        module = self._module
+        if isinstance(module, _INDEXED):
+            return iter(self[:])
+        if not hasattr(module, "__iter__"):
+            raise NotAContainerError(f"{describe(self)} cannot be looped over; `.children()` gives its children")
+        return iter(_wrap(self._root, item) for item in module)
+
+    def __contains__(self, item: object) -> bool:
+        module = self._module
+        if not (hasattr(module, "__contains__") or hasattr(module, "__iter__")):
+            raise NotAContainerError(f"{describe(self)} has no items")
+        return (item._module if isinstance(item, ModuleView) else item) in module  # type: ignore[operator]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the torch module itself, with its weights loaded."""
+        self._root._ready()
+        return self._module(*args, **kwargs)
+
+    def children(self) -> Iterator[ModuleView]:
+        """The child modules, as views."""
+        return (view for _, view in self.named_children())
+
+    def named_children(self) -> Iterator[tuple[str, ModuleView]]:
+        """The child modules as views, each with its name."""
+        return ((name, self._child(name)) for name, _ in self._module.named_children())
+
+    def modules(self) -> Iterator[ModuleView]:
+        """This module and every module below it, as views."""
+        return (view for _, view in self.named_modules())
+
+    def named_modules(self) -> Iterator[tuple[str, ModuleView]]:
+        """This module and every module below it as views, each with its path from here."""
+        paths = {id(module): path for path, module in module_at(self._root, "").named_modules()}
+        return ((name, ModuleView(self._root, paths[id(module)])) for name, module in self._module.named_modules())
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._module), *_standard_names(self._module)})
+
+    def __repr__(self) -> str:
+        from nnsight_compiler.models.tree import draw
+
+        return draw(self._module)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ModuleView):
+            return NotImplemented
+        return self._root is other._root and self._path == other._path
+
+    def __hash__(self) -> int:
+        return hash((id(self._root), self._path))
+
+
+def resolve(root: NNsight, path: str, name: str) -> Any:
+    """What `name` is on the module at `path`: a view, a tensor, or any other attribute of the torch module.
+
+    Raises:
+        OutsideTraceError: `name` exists inside a trace only.
+        UnknownModuleError: there is nothing of that name, standard names included.
+    """
+    module = module_at(root, path)
+    if name in SITE_NAMES:
+        own = f'; the module\'s own `{name}` is ["{name}"]' if hasattr(module, name) else ""
+        raise OutsideTraceError(f"`.{name}` of {describe_at(root, path)} exists inside `with model.trace(…)` only{own}")
+    if module._modules.get(name) is not None:
+        return ModuleView(root, canonical_path(root, _join(path, name)))
+    if isinstance(module, nn.ModuleDict) and name in ("values", "items"):
+        view = ModuleView(root, path)
+        return view.children if name == "values" else view.named_children
+    if hasattr(module, name):
+        return _present(root, path, lambda at: getattr(at, name))
+    try:
+        relative = stands_for(module, name)
+    except NoStandardModule as error:
+        raise UnknownModuleError(f"{describe_at(root, path)}: {error}") from None
+    if relative is not None:
+        return ModuleView(root, canonical_path(root, _join(path, relative)))
+    raise _unknown(root, path, name)
+
+
+def module_at(root: NNsight, path: str) -> nn.Module:
+    """The torch module at `path` now."""
+    try:
+        return root._wrapped.get_submodule(path)
+    except AttributeError:
+        raise UnknownModuleError(f"{type(root._wrapped).__name__} no longer has a module at {path}") from None
+
+
+def canonical_path(root: NNsight, path: str) -> str:
+    """The one path of a module that has several: the first in `named_modules` order."""
+    target = module_at(root, path)
+    return next((name for name, module in root._wrapped.named_modules() if module is target), path)
+
+
+def describe(view: ModuleView) -> str:
+    """`transformer.h (ModuleList)`: a view, for messages."""
+    return describe_at(view._root, view._path)
+
+
+def describe_at(root: NNsight, path: str) -> str:
+    """`transformer.h (ModuleList)`: the module at `path`, for messages."""
+    class_name = type(module_at(root, path)).__name__
+    return f"{path} ({class_name})" if path else class_name
+
+
+def _present(root: NNsight, path: str, get: Any) -> Any:
+    """An attribute or item as users see it: weights loaded, modules of the tree as views."""
+    value = get(module_at(root, path))
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        root._ready()
+        value = get(module_at(root, path))
+    return _wrap(root, value)
+
+
+def _wrap(root: NNsight, value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        for name, module in root._wrapped.named_modules():
+            if module is value:
+                return ModuleView(root, name)
+    return value
+
+
+def _unknown(root: NNsight, path: str, name: str) -> UnknownModuleError:
+    module = module_at(root, path)
+    own = [*module._modules, *module._parameters, *module._buffers]
+    near = difflib.get_close_matches(name, [*own, *_standard_names(module)], n=3, cutoff=0.5)
+    hint = f"did you mean {_listed(near)}?" if near else f"it has: {_listed(own)}"
+    return UnknownModuleError(f"{describe_at(root, path)} has no `{name}`; {hint}", name=name)
+
+
+def _standard_names(module: nn.Module) -> list[str]:
+    from nnsight_compiler.models.names import standard_names
+
+    return list(standard_names(module))
+
+
+def _refuse_assignment(view: ModuleView, name: str) -> NoReturn:
+    raise OutsideTraceError(
+        f"`.{name}` of {describe(view)} cannot be set or deleted through a view: write to `.output` or `.input` inside"
+        " `with model.trace(…)`, or change the torch module that was wrapped"
+    )
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    return shown or "nothing"
