@@ -1,7 +1,7 @@
-"""Standard names: `layers`, `attn`, `mlp`, `embed`, `ln_final`, `lm_head`, … on every architecture that has such a module.
+"""Standard names: `layers`, `attn`, `mlp`, `embed`, `ln_final`, `lm_head`, … on every architecture that has them.
 
 A standard name is resolved by the names that architectures give to their modules. Where nothing matches, or several
-things do (an encoder and a decoder), the name is refused rather than guessed. A module's own names come before all this.
+things do (an encoder and a decoder), the name is refused rather than guessed. A module's own names come first.
 
 | name | what it is |
 |---|---|
@@ -49,7 +49,7 @@ class NoStandardModule(Exception):  # noqa: N818  a message on its way to the er
 
 
 def stands_for(module: nn.Module, name: str) -> str | None:
-    """The path, from `module`, of what a standard name means on it; `None` where the name is not a standard one here."""
+    """The path, from `module`, of what a standard name means; `None` where it means nothing here."""
     if name in OF_A_MODEL:
         candidates = [_join(trunk, own) for own in OF_A_MODEL[name] for trunk in TRUNKS]
     elif name in OF_A_LAYER:

@@ -59,7 +59,7 @@ class ModuleView:
         object.__setattr__(self, "_path", path)
 
     @property
-    def _module(self) -> nn.Module:
+    def _module(self) -> Any:  # `Any`: containers have items and a length, which `nn.Module` does not declare
         """The torch module that stands at the path now."""
         return module_at(self._root, self._path)
 
@@ -114,7 +114,7 @@ class ModuleView:
         module = self._module
         if not hasattr(module, "__len__"):
             raise NotAContainerError(f"{describe(self)} has no length")
-        return len(module)
+        return int(len(module))
 
     def __bool__(self) -> bool:
         return bool(self._module)
@@ -131,7 +131,7 @@ class ModuleView:
         module = self._module
         if not (hasattr(module, "__contains__") or hasattr(module, "__iter__")):
             raise NotAContainerError(f"{describe(self)} has no items")
-        return (item._module if isinstance(item, ModuleView) else item) in module  # type: ignore[operator]
+        return (item._module if isinstance(item, ModuleView) else item) in module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the torch module itself, with its weights loaded."""
