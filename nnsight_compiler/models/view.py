@@ -114,7 +114,7 @@ class ModuleView:
         module = self._module
         if not hasattr(module, "__len__"):
             raise NotAContainerError(f"{describe(self)} has no length")
-        return int(len(module))
+        return len(module)
 
     def __bool__(self) -> bool:
         return bool(self._module)
