@@ -61,7 +61,7 @@ class RunError(ExperimentError):
 
 
 class IRError(ExperimentError):
-    """IR that is not well formed: text that does not parse, a file that is damaged, a program that fails the verifier."""
+    """IR that is not well formed: text that does not parse, a damaged file, a program that fails the verifier."""
 
 
 class ModelError(ExperimentError):

@@ -337,7 +337,8 @@ class If(Op):
 @dataclass(frozen=True, slots=True)
 class For(Op):
     """`for`. `body` takes the item and the carried values; it ends in `continue` (also at its natural end) or `break`
-    with the new carried values. `orelse` takes the carried values, runs where no `break` did, and yields the results."""
+    with the new carried values. `orelse` takes the carried values, runs where no `break` did, and yields the
+    results."""
 
     results: tuple[Value, ...]
     iterable: Operand

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal as OneOf
 from typing import TYPE_CHECKING, final
+from typing import Literal as OneOf
 
 from nnsight_compiler.ir.ops import Op, Parameter, Region
 from nnsight_compiler.ir.span import NOWHERE, Span
