@@ -9,7 +9,7 @@ from nnsight_compiler.ir.errors import ExperimentError
 
 
 def main() -> None:
-    """Runs `nnsightc`. Exits with 2 where a command cannot be carried out as given, with 1 where an experiment fails."""
+    """Runs `nnsightc`. Exits with 2 where a command cannot be carried out as given, 1 where an experiment fails."""
     from nnsight_compiler.cli.commands import app
 
     try:

