@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 import torch
 from interleaved import as_dict, machine, race
-from nnsight import NNsight
+from nnsight import NNsight, save
 from stack import BY_HAND, ROUNDS, Stack, check_equal, make_stack
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def save_one(model: NNsight, x: Tensor) -> Tensor:
 
 def save_all(model: NNsight, x: Tensor) -> list[Tensor]:
     with model.trace(x):
-        hidden = [layer.output.save() for layer in model.layers]
+        hidden = save([layer.output for layer in model.layers])
     return hidden
 
 
