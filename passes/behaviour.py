@@ -49,3 +49,8 @@ class KnownCall:
     scalar: bool = False
     leaf: bool = False
     calls: tuple[str, ...] = ()
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text: how the tables of names are written."""
+    return tuple(text.split())

@@ -13,7 +13,7 @@ from functools import cache
 from types import MethodType
 from typing import final
 
-from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place
+from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place, words
 from nnsight_compiler.passes.known_python import python_method, python_methods, python_object, python_rows
 from nnsight_compiler.passes.known_torch import torch_identities, torch_object, torch_row, torch_targets
 
@@ -33,7 +33,7 @@ __all__ = [
 
 CHANGES_MODULES = frozenset(
     f"torch.Tensor.{name}"
-    for name in "to cpu cuda xpu float double half bfloat16 type requires_grad_ share_memory_".split()
+    for name in words("to cpu cuda xpu float double half bfloat16 type requires_grad_ share_memory_")
 )
 """Methods which a tensor and an `nn.Module` both have, and by which a module changes itself."""
 
@@ -138,5 +138,5 @@ def behaviour_of(known: KnownCall, keywords: Set[str]) -> KnownCall | None:
 
 
 def callable_of(target: str) -> object | None:
-    """The function behind a name on the wire, if its module is loaded; `None` for `method.…`, which needs a receiver."""
+    """The function behind a name on the wire, if its module is loaded; `None` for `method.…`."""
     return torch_object(target) if target.startswith("torch.") else python_object(target)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place
+from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place, words
 
 _EXCEPTIONS = (
     "ArithmeticError AssertionError AttributeError Exception ImportError IndexError KeyError LookupError "
@@ -76,30 +76,30 @@ _UNION: dict[str, tuple[Behaviour, bool]] = {
     # Methods that change their receiver, and whether their result may be a part of it.
     **{
         name: (Behaviour.CONTAINER, False)
-        for name in (
+        for name in words(
             "append appendleft extend extendleft insert remove clear discard reverse rotate "
             "update difference_update intersection_update symmetric_difference_update subtract add"
-        ).split()
+        )
     },
-    **{name: (Behaviour.CONTAINER, True) for name in "pop popitem popleft setdefault sort move_to_end".split()},
+    **{name: (Behaviour.CONTAINER, True) for name in words("pop popitem popleft setdefault sort move_to_end")},
     # Methods that only look, and whose result may be, or hold, a part of the receiver or of the arguments.
     **{
         name: (Behaviour.VIEW, True)
-        for name in (
+        for name in words(
             "copy get items keys values union intersection difference symmetric_difference fromkeys most_common "
             "elements split __getitem__ __iter__"
-        ).split()
+        )
     },
     # Methods of strings, numbers and containers whose result is a plain value.
     **{
         name: (Behaviour.PURE, False)
-        for name in (
+        for name in words(
             "capitalize casefold center count decode encode endswith expandtabs find format format_map index isalnum "
             "isalpha isascii isdecimal isdigit isdisjoint isidentifier islower isnumeric isprintable isspace issubset "
             "issuperset istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind "
             "rindex rjust rpartition rsplit rstrip splitlines startswith strip swapcase title translate upper zfill "
             "bit_length bit_count as_integer_ratio is_integer hex"
-        ).split()
+        )
     },
 }
 
@@ -134,7 +134,7 @@ def python_rows() -> dict[str, KnownCall]:
         rows[f"random.{name}"] = _row(f"random.{name}", Behaviour.VIEW, aliases=EVERY, random=True)
     rows["random.shuffle"] = _row("random.shuffle", Behaviour.CONTAINER, mutates=places, random=True)
     rows["random.seed"] = _row("random.seed", Behaviour.HARMLESS, random=True, scalar=True)
-    for name in "add sub mul truediv floordiv mod pow matmul lshift rshift and or xor concat".split():
+    for name in words("add sub mul truediv floordiv mod pow matmul lshift rshift and or xor concat"):
         rows[f"operator.i{name}"] = _row(f"operator.i{name}", Behaviour.MUTATES, mutates=places, aliases=EVERY)
     rows["einops.parse_shape"] = _row("einops.parse_shape", Behaviour.PURE, scalar=True, leaf=True)
     return rows

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional
 
-from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place
+from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place, words
 
 FRESH = frozenset(
-    """
+    words("""
     absolute adaptive_avg_pool1d adaptive_max_pool1d arccos arccosh arcsin arcsinh arctan arctan2 arctanh argwhere
     avg_pool1d batch_norm bilinear binary_cross_entropy_with_logits block_diag cdist column_stack concat concatenate
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d corrcoef cosine_embedding_loss
@@ -36,82 +36,79 @@ FRESH = frozenset(
     true_divide vander var var_mean vstack where one_hot scaled_dot_product_attention
     fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_fftn fft_ifftn fft_rfft2 fft_irfft2 fft_rfftn fft_irfftn
     fft_fftfreq fft_rfftfreq fft_fftshift fft_ifftshift
-    """.split()
+    """)
 )
 """Composed operators whose result is always new."""
 
 _UNKNOWN = frozenset(
-    """
+    words("""
     set_ swap_ resize_ resize_as_ data is_leaf output_nr requires_grad retains_grad names compile cond while_loop vmap
     fork wait apply_ map_ map2_ register_hook backward module_load storage untyped_storage _version rename_ rename
-    """.split()
+    """)
 )
 """Operators that run code of the user's, or rearrange storage itself: left to be host calls."""
 
 _SCALAR = frozenset({"int", "float", "bool", "Scalar", "str", "Device", "ScalarType", "Layout", "QScheme", "SymInt"})
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
 def _listed() -> Iterator[KnownCall]:
     """The rows without a schema, and those whose schema does not tell the whole."""
     pure, view = Behaviour.PURE, Behaviour.VIEW
     method, functional = "torch.Tensor.", "torch.nn.functional."
-    for name in _names(
+    for name in words(
         "size dim ndimension nelement numel element_size stride storage_offset data_ptr get_device is_contiguous "
         "is_shared is_pinned is_same_size is_floating_point is_complex is_signed is_inference dim_order item "
         "is_nonzero is_conj is_neg is_coalesced is_set_to storage_type __len__"
     ):
         yield KnownCall(method + name, pure, scalar=True, leaf=True)
-    for name in _names("tolist unique unique_consecutive lu norm new_tensor new"):
+    for name in words("tolist unique unique_consecutive lu norm new_tensor new"):
         yield KnownCall(method + name, pure)
-    for name in _names(
+    for name in words(
         "numpy float double half bfloat16 int long short char byte bool cfloat cdouble chalf cuda cpu xpu type to "
         "type_as as_subclass pin_memory contiguous requires_grad_ share_memory_ retain_grad"
     ):
         writes: tuple[Place, ...] = (0,) if name in ("requires_grad_", "share_memory_", "retain_grad") else ()
         yield KnownCall(method + name, Behaviour.MUTATES if writes else view, writes, (0,), leaf=True)
-    for name in _names("split unsafe_chunk unsafe_split stft istft"):
+    for name in words("split unsafe_chunk unsafe_split stft istft"):
         yield KnownCall(method + name, view, aliases=(0,))
 
-    for name in _names(
+    for name in words(
         "is_tensor is_storage is_grad_enabled is_inference_mode_enabled get_default_dtype get_default_device "
         "get_num_threads finfo iinfo device Size typename can_cast promote_types result_type "
         "is_floating_point is_complex is_nonzero numel is_autocast_enabled "
         "cuda.is_available cuda.device_count cuda.current_device cuda.memory_allocated cuda.max_memory_allocated"
     ):
         yield KnownCall("torch." + name, pure, scalar=True, leaf=True)
-    for name in _names("tensor norm cdist tensordot block_diag lu unique unique_consecutive Generator unravel_index"):
+    for name in words("tensor norm cdist tensordot block_diag lu unique unique_consecutive Generator unravel_index"):
         yield KnownCall("torch." + name, pure)
-    for name in _names("no_grad enable_grad inference_mode autocast amp.autocast"):
+    for name in words("no_grad enable_grad inference_mode autocast amp.autocast"):
         yield KnownCall("torch." + name, pure)
-    for name in _names(
+    for name in words(
         "as_tensor asarray from_numpy einsum broadcast_tensors atleast_1d atleast_2d atleast_3d cartesian_prod "
         "chain_matmul meshgrid split stft istft nn.Parameter"
     ):
         yield KnownCall("torch." + name, view, aliases=EVERY)
-    for name in _names(
+    for name in words(
         "set_grad_enabled set_num_threads set_default_dtype set_default_device set_printoptions "
         "use_deterministic_algorithms set_float32_matmul_precision cuda.synchronize cuda.empty_cache "
         "cuda.reset_peak_memory_stats"
     ):
         yield KnownCall("torch." + name, Behaviour.HARMLESS)
-    for name in _names(
+    for name in words(
         "manual_seed seed get_rng_state set_rng_state initial_seed cuda.manual_seed cuda.manual_seed_all"
     ):
         yield KnownCall("torch." + name, Behaviour.HARMLESS, random=True)
-    for name in _names("pca_lowrank svd_lowrank"):
+    for name in words("pca_lowrank svd_lowrank"):
         yield KnownCall("torch." + name, pure, random=True)
     for prefix in ("torch.", functional):
         first = 1 if prefix == functional else 3
-        for name in _names("batch_norm instance_norm"):
+        for name in words("batch_norm instance_norm"):
             yield KnownCall(prefix + name, Behaviour.MUTATES, (first, first + 1, "running_mean", "running_var"))
 
-    for name in _names(
-        "threshold relu relu6 elu selu celu leaky_relu hardtanh hardsigmoid hardswish silu mish glu softmax log_softmax "
-        "softmin tanh sigmoid logsigmoid tanhshrink softsign layer_norm rms_norm group_norm local_response_norm "
+    for name in words(
+        "threshold relu relu6 elu selu celu leaky_relu hardtanh hardsigmoid hardswish silu mish glu softmax "
+        "log_softmax softmin tanh sigmoid logsigmoid tanhshrink softsign layer_norm rms_norm group_norm "
+        "local_response_norm "
         "cross_entropy nll_loss poisson_nll_loss gaussian_nll_loss kl_div binary_cross_entropy mse_loss l1_loss "
         "binary_cross_entropy_with_logits smooth_l1_loss huber_loss margin_ranking_loss hinge_embedding_loss ctc_loss "
         "multilabel_margin_loss multilabel_soft_margin_loss soft_margin_loss cosine_embedding_loss multi_margin_loss "
@@ -119,20 +116,18 @@ def _listed() -> Iterator[KnownCall]:
         "lp_pool1d lp_pool2d lp_pool3d max_unpool1d max_unpool2d max_unpool3d linear normalize"
     ):
         yield KnownCall(functional + name, pure, leaf=True)
-    for name in _names(
+    for name in words(
         "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
         "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"
     ):
         yield KnownCall(functional + name, pure)
-    for name in _names("interpolate upsample pad unfold fold pixel_shuffle pixel_unshuffle"):
+    for name in words("interpolate upsample pad unfold fold pixel_shuffle pixel_unshuffle"):
         yield KnownCall(functional + name, view, aliases=(0, "input"), leaf=True)
-    for name in _names(
-        "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu gumbel_softmax"
-    ):
+    for name in words("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu gumbel_softmax"):
         yield KnownCall(functional + name, view, aliases=(0, "input"), random=True, leaf=True)
-    for name in _names("fractional_max_pool2d fractional_max_pool3d"):
+    for name in words("fractional_max_pool2d fractional_max_pool3d"):
         yield KnownCall(functional + name, pure, random=True)
-    for name in _names("embedding embedding_bag"):
+    for name in words("embedding embedding_bag"):
         # `max_norm` renormalises the weight in place; `behaviour_of` sees it.
         yield KnownCall(functional + name, pure, leaf=name == "embedding")
     yield KnownCall(functional + "multi_head_attention_forward", view, aliases=EVERY, random=True)

@@ -1,0 +1,167 @@
+"""Where the values of a program come from, as far as one look at each op tells: definitions, tensors, callees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.ops import Argument, Op
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.traverse import defined, regions
+from nnsight_compiler.ir.types import TensorType
+from nnsight_compiler.ir.values import Literal, Operand, Slice, Tuple, Value
+from nnsight_compiler.passes.behaviour import EVERY, KnownCall, Place
+from nnsight_compiler.passes.known_calls import ALL, behaviour_of
+from nnsight_compiler.passes.roots import Fresh, Root
+
+ITERATORS = ("builtins.zip", "builtins.enumerate", "builtins.iter", "builtins.reversed", "itertools.", "tqdm.")
+"""Calls that make iterators, which change when they are read."""
+
+
+class Origins:
+    """What is known of each value without following storage.
+
+    definitions: the op that defines each value, by name.
+    closures, iterators: the roots that are closures, with their ops, and those that change when they are read.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.definitions: dict[str, Op] = {}
+        self.closures: dict[Root, ops.Closure] = {}
+        self.iterators: set[Root] = set()
+        self._tensors: set[str] = set()
+        self._from_model: set[str] = set()
+        for parameter in program.parameters:
+            if isinstance(parameter.value.type, TensorType):
+                self._tensors.add(parameter.value.name)
+        for op in program.walk():
+            self._classify(op)
+
+    def definition(self, operand: Operand) -> Op | None:
+        """The op that defines a value."""
+        return self.definitions.get(operand.name) if isinstance(operand, Value) else None
+
+    def is_tensor(self, operand: Operand) -> bool:
+        """Whether the value is for certain a tensor or a plain value: it holds no other values."""
+        return isinstance(operand, Value) and operand.name in self._tensors
+
+    def is_from_model(self, operand: Operand) -> bool:
+        """Whether the value is a site's, or a part of it: a tensor, or the tuples and dicts that modules return."""
+        return isinstance(operand, Value) and operand.name in self._from_model
+
+    def known(self, call: ops.Call) -> KnownCall | None:
+        """What is known of a call with these arguments; `None` for a host call or a call of a module."""
+        row = ALL.get(call.target) if call.target is not None else None
+        if row is None:
+            return None
+        return behaviour_of(row, {argument.keyword for argument in call.arguments if argument.keyword is not None})
+
+    def arguments(self, call: ops.Call) -> tuple[Argument, ...]:
+        """The arguments of a call with the receiver of a method first, as `KnownCall` counts them."""
+        return (Argument(call.function), *call.arguments) if self._is_bound(call) else call.arguments
+
+    def at(self, call: ops.Call, places: tuple[Place, ...]) -> Iterator[Argument]:
+        """The arguments at these places; all of them where a place cannot be told."""
+        arguments = self.arguments(call)
+        if places == EVERY:
+            yield from arguments
+            return
+        if any(argument.star for argument in arguments):
+            if places:
+                yield from arguments
+            return
+        positional = [argument for argument in arguments if argument.keyword is None]
+        for place in places:
+            if isinstance(place, int):
+                yield from positional[place : place + 1]
+            else:
+                yield from (argument for argument in arguments if argument.keyword == place)
+
+    def _classify(self, op: Op) -> None:
+        """Records definitions, closures, and which values are tensors for certain or come from the model."""
+        for value in defined(op):
+            self.definitions[value.name] = op
+            if isinstance(value.type, TensorType):
+                self._tensors.add(value.name)
+        for region in regions(op):
+            self._tensors |= {value.name for value in region.parameters if isinstance(value.type, TensorType)}
+        match op:
+            case ops.Read(result=result) | ops.Grad(result=result):
+                self._from_model.add(result.name)
+            case ops.Closure(result=result):
+                self.closures[Fresh(result.name)] = op
+            case ops.Item(result=result, object=base, index=index):
+                if self.is_from_model(base):
+                    self._from_model.add(result.name)
+                if self.is_tensor(base) or (self.is_from_model(base) and is_tensor_index(index, several=True)):
+                    self._tensors.add(result.name)
+            case ops.Attribute(result=result, object=base):
+                if self.is_from_model(base):
+                    self._from_model.add(result.name)
+            case ops.Save() | ops.Bound():
+                if self.is_from_model(op.value):
+                    self._from_model.add(op.result.name)
+                if self.is_tensor(op.value):
+                    self._tensors.add(op.result.name)
+            case ops.Operator(result=result):
+                if self.makes_tensor(op):
+                    self._tensors.add(result.name)
+            case ops.Call(result=result, target=target):
+                known = self.known(op)
+                if known is not None and known.leaf:
+                    self._tensors.add(result.name)
+                if target is not None and target.startswith(ITERATORS):
+                    self.iterators.add(Fresh(result.name))
+                function = self.definition(op.function)
+                if isinstance(function, ops.Closure) and function.generator:
+                    self.iterators.add(Fresh(result.name))
+            case _:
+                pass
+
+    def makes_tensor(self, op: ops.Operator) -> bool:
+        """Whether the result holds nothing: it is no tuple, list, set or dict made of the operands."""
+        kinds = [part.value for part in op.operands if isinstance(part, Literal)]
+        if len(op.operands) == 1 or op.operator not in ("+", "*", "-", "|", "&", "^"):
+            return True
+        if any(map(self._is_number_or_tensor, op.operands)):
+            return True
+        if any(isinstance(kind, (float, complex)) for kind in kinds):
+            return True
+        if op.operator != "*" and any(isinstance(kind, int) for kind in kinds):
+            return True
+        # A model returns tensors, tuples and dicts, but no sets.
+        return op.operator == "-" and any(map(self.is_from_model, op.operands))
+
+    def _is_number_or_tensor(self, operand: Operand) -> bool:
+        """Whether the value is a tensor for certain, or a number that no sequence can be multiplied by."""
+        if not self.is_tensor(operand):
+            return False
+        definition = self.definition(operand)
+        known = self.known(definition) if isinstance(definition, ops.Call) else None
+        return known is None or not known.scalar
+
+    def _is_bound(self, call: ops.Call) -> bool:
+        """Whether the call is `receiver.method(…)`, rather than `torch.Tensor.method(receiver, …)`."""
+        if call.target is None or not call.target.startswith(("torch.Tensor.", "method.")):
+            return False
+        function = self.definition(call.function)
+        if not isinstance(function, ops.Attribute):
+            return not call.arguments
+        match self.definition(function.object):
+            case ops.Attribute(name="Tensor") | ops.Global(name="Tensor" | "list" | "dict" | "set" | "str"):
+                return False
+            case _:
+                return True
+
+
+def is_tensor_index(index: Operand, *, several: bool = False) -> bool:
+    """Whether only a tensor, among what a model returns, takes this index; with `several`, also to be read from."""
+    match index:
+        case Tuple():
+            return True
+        case Literal(value=value):
+            return value is Ellipsis
+        case Slice():
+            return not several
+        case _:
+            return False
