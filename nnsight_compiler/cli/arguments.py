@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from nnsight_compiler.cli.refusal import RefusalError, unknown
 from nnsight_compiler.ir.errors import ModelError
@@ -36,9 +36,9 @@ def parse_value(text: str) -> object:
 
 
 def bind_arguments(
-    program: Program, given: dict[str, object], model: str | None
+    program: Program, given: dict[str, object], model: str | None, weights: bool
 ) -> tuple[list[object], dict[str, object]]:
-    """Positional and keyword arguments for the experiment, its `model` loaded by name.
+    """Positional and keyword arguments for the experiment, its `model` loaded by name, at once with `weights`.
 
     Refuses names that the experiment does not have and parameters that are left without a value.
     """
@@ -62,30 +62,23 @@ def bind_arguments(
         raise RefusalError(f"{program.name} needs a value for {', '.join(missing)}", way_out)
     values = dict(given)
     if model is not None:
-        values[MODEL] = load_model(model)
+        values[MODEL] = load_model(model, weights)
     return _split(list(named.values()), values)
 
 
-def load_model(name: str) -> object:
-    """A model by name: `tiny`, `smollm2` (the demo's), a folder, a GGUF file, a name on the hub.
+def load_model(name: str, weights: bool) -> object:
+    """A model by name: `tiny`, `smollm2` (the demo's), a folder, a GGUF file, a name on the hub. Its weights may wait."""
+    from rich.console import Console
 
-    Refuses what cannot be loaded, with the first line of the reason.
-    """
     from nnsight_compiler import LanguageModel
-    from nnsight_compiler.demo.assets import quiet_transformers, smollm2
+    from nnsight_compiler.demo.assets import smollm2
 
-    load: Callable[[str], object] = LanguageModel
     try:
-        with quiet_transformers():
-            if name == "smollm2":
-                from rich.console import Console
-
-                return load(str(smollm2(Console(stderr=True))))
-            return load(name)
-    except (ModelError, OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        source = smollm2(Console(stderr=True)) if name == "smollm2" else name
+        return LanguageModel(source, dispatch=weights)
+    except ModelError as error:
         way_out = "try --model tiny, which needs no download, --model smollm2, or a folder that holds a model"
-        raise RefusalError(f"the model {name} cannot be loaded: {reason[0]}", way_out) from error
+        raise RefusalError(f"the model {name} cannot be loaded: {error}", way_out) from error
 
 
 def _split(parameters: Sequence[Parameter], values: dict[str, object]) -> tuple[list[object], dict[str, object]]:

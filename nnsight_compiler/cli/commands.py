@@ -78,14 +78,17 @@ def dump(
 
     Add --print-after specialise, or --print-after-all, to see what the passes did.
     """
+    from nnsight_compiler.demo.assets import quiet_transformers
+
     where = Target.parse(target)
     if model is None and not arg and print_after is None and not print_after_all:
         print("\n\n".join(str(program).rstrip() for program in where.programs()))
         return
-    experiment = where.experiment()
-    positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model)
-    with user_code():
-        lowered = experiment.lower(*positional, **keywords)
+    with quiet_transformers():
+        experiment = where.experiment()
+        positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model, weights=False)
+        with user_code():
+            lowered = experiment.lower(*positional, **keywords)
     if print_after_all:
         print("\n\n".join(_headed(name, program) for name, program in lowered.stages))
     elif print_after is not None:
@@ -117,11 +120,12 @@ def run(
     Tensors are shown by dtype, shape and range, small ones in full; --json prints all of it.
     """
     from nnsight_compiler.cli.display import as_json, readable
+    from nnsight_compiler.demo.assets import quiet_transformers
 
     where = Target.parse(target)
-    with redirect_stdout(sys.stderr) if json else nullcontext():
+    with quiet_transformers(), redirect_stdout(sys.stderr) if json else nullcontext():
         experiment = where.experiment()
-        positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model)
+        positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model, weights=True)
         with user_code():
             value = experiment(*positional, **keywords)
     print(as_json(value) if json else readable(value))
