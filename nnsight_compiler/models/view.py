@@ -8,6 +8,8 @@ loaded first.
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -96,7 +98,7 @@ class ModuleView:
         return _present(self._root, self._path, lambda at: at[index])
 
     def _child(self, name: str) -> ModuleView:
-        return ModuleView(self._root, canonical_path(self._root, _join(self._path, name)))
+        return view_at(self._root, _join(self._path, name))
 
     def _submodule(self, name: str) -> Any:
         view: Any = self
@@ -153,7 +155,7 @@ class ModuleView:
     def named_modules(self) -> Iterator[tuple[str, ModuleView]]:
         """This module and every module below it as views, each with its path from here."""
         paths = {id(module): path for path, module in module_at(self._root, "").named_modules()}
-        return ((name, ModuleView(self._root, paths[id(module)])) for name, module in self._module.named_modules())
+        return ((name, view_at(self._root, paths[id(module)])) for name, module in self._module.named_modules())
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._module), *_standard_names(self._module)})
@@ -184,9 +186,9 @@ def resolve(root: NNsight, path: str, name: str) -> Any:
         own = f'; the module\'s own `{name}` is ["{name}"]' if hasattr(module, name) else ""
         raise OutsideTraceError(f"`.{name}` of {describe_at(root, path)} exists inside `with model.trace(…)` only{own}")
     if module._modules.get(name) is not None:
-        return ModuleView(root, canonical_path(root, _join(path, name)))
+        return view_at(root, _join(path, name))
     if isinstance(module, nn.ModuleDict) and name in ("values", "items"):
-        view = ModuleView(root, path)
+        view = view_at(root, path)
         return view.children if name == "values" else view.named_children
     if hasattr(module, name):
         return _present(root, path, lambda at: getattr(at, name))
@@ -195,7 +197,7 @@ def resolve(root: NNsight, path: str, name: str) -> Any:
     except NoStandardModule as error:
         raise UnknownModuleError(f"{describe_at(root, path)}: {error}") from None
     if relative is not None:
-        return ModuleView(root, canonical_path(root, _join(path, relative)))
+        return view_at(root, _join(path, relative))
     raise _unknown(root, path, name)
 
 
@@ -205,6 +207,12 @@ def module_at(root: NNsight, path: str) -> nn.Module:
         return root._wrapped.get_submodule(path)
     except AttributeError:
         raise UnknownModuleError(f"{type(root._wrapped).__name__} no longer has a module at {path}") from None
+
+
+def view_at(root: NNsight, path: str) -> ModuleView:
+    """The view of the module at `path`, which may be any of its paths; the wrapped model itself at the empty one."""
+    path = canonical_path(root, path)
+    return ModuleView(root, path) if path else root
 
 
 def canonical_path(root: NNsight, path: str) -> str:
@@ -225,8 +233,20 @@ def describe_at(root: NNsight, path: str) -> str:
 
 
 def _present(root: NNsight, path: str, get: Any) -> Any:
-    """An attribute or item as users see it: weights loaded, modules of the tree as views."""
+    """An attribute or item as users see it: weights loaded, modules of the tree as views.
+
+    A method of the torch module (`to`, `eval`, `get_input_embeddings`) runs on the loaded module, not on the empty one
+    that stands for it before; where it returns a module of the tree, that comes back as a view.
+    """
     value = get(module_at(root, path))
+    if inspect.ismethod(value) and value.__self__ is module_at(root, path):
+
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            root._ready()
+            return _wrap(root, get(module_at(root, path))(*args, **kwargs))
+
+        return method
     if isinstance(value, torch.Tensor) and value.is_meta:
         root._ready()
         value = get(module_at(root, path))
@@ -237,7 +257,7 @@ def _wrap(root: NNsight, value: Any) -> Any:
     if isinstance(value, nn.Module):
         for name, module in root._wrapped.named_modules():
             if module is value:
-                return ModuleView(root, name)
+                return view_at(root, name)
     return value
 
 
