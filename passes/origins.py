@@ -58,7 +58,18 @@ class Origins:
 
     def arguments(self, call: ops.Call) -> tuple[Argument, ...]:
         """The arguments of a call with the receiver of a method first, as `KnownCall` counts them."""
-        return (Argument(call.function), *call.arguments) if self._is_bound(call) else call.arguments
+        if call.target is None or not call.target.startswith(("torch.Tensor.", "method.")):
+            return call.arguments
+        function = self.definition(call.function)
+        if not isinstance(function, ops.Attribute):
+            # A bound method that came through a variable: its parts take in the receiver's.
+            return (Argument(call.function), *call.arguments)
+        match self.definition(function.object):
+            case ops.Attribute(name="Tensor") | ops.Global(name="Tensor" | "list" | "dict" | "set" | "str"):
+                # `torch.Tensor.method(receiver, …)`
+                return call.arguments
+            case _:
+                return (Argument(function.object), *call.arguments)
 
     def at(self, call: ops.Call, places: tuple[Place, ...]) -> Iterator[Argument]:
         """The arguments at these places; all of them where a place cannot be told."""
@@ -139,19 +150,6 @@ class Origins:
         definition = self.definition(operand)
         known = self.known(definition) if isinstance(definition, ops.Call) else None
         return known is None or not known.scalar
-
-    def _is_bound(self, call: ops.Call) -> bool:
-        """Whether the call is `receiver.method(…)`, rather than `torch.Tensor.method(receiver, …)`."""
-        if call.target is None or not call.target.startswith(("torch.Tensor.", "method.")):
-            return False
-        function = self.definition(call.function)
-        if not isinstance(function, ops.Attribute):
-            return not call.arguments
-        match self.definition(function.object):
-            case ops.Attribute(name="Tensor") | ops.Global(name="Tensor" | "list" | "dict" | "set" | "str"):
-                return False
-            case _:
-                return True
 
 
 def is_tensor_index(index: Operand, *, several: bool = False) -> bool:
