@@ -67,7 +67,7 @@ def bind_arguments(
 
 
 def load_model(name: str, weights: bool) -> object:
-    """A model by name: `tiny`, `smollm2` (the demo's), a folder, a GGUF file, a name on the hub. Its weights may wait."""
+    """A model by name: `tiny`, `smollm2` (the demo's), a folder, a GGUF file, a hub name. Its weights may wait."""
     from rich.console import Console
 
     from nnsight_compiler import LanguageModel
