@@ -116,6 +116,10 @@ class Memory:
         roots = self.roots(operand)
         return any(roots & held for held in self._points_to.held.values())
 
+    def calls_closures(self, op: Op) -> bool:
+        """Whether the op may run a closure of the program's."""
+        return bool(self._points_to.called(op))
+
     def _same(self, first: Root, second: Root) -> bool:
         match first, second:
             case (Site(), Site()):
