@@ -40,7 +40,7 @@ clean:
 
 # torch alone and first: it is most of the download, and what follows then finds it there.
 .venv/installed-torch: .venv/created constraints.txt
-	@echo "installing torch"
+	@echo "installing torch (the largest part: some minutes on a slow line)"
 	@$(INSTALL) torch
 	@touch $@
 
