@@ -71,8 +71,12 @@ class Checkpoint:
         """The tokenizer that lies beside the weights."""
         from transformers import AutoTokenizer
 
-        with _one_line(f"{self}: its tokenizer cannot be loaded", "give one as `tokenizer=`, or token ids as input"):
-            return AutoTokenizer.from_pretrained(self.name, **self._where)
+        way_out = "give one as `tokenizer=`, or token ids as input"
+        with _one_line(f"{self}: its tokenizer cannot be loaded", way_out):
+            tokenizer = AutoTokenizer.from_pretrained(self.name, **self._where)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up from the configuration, for want of files
+            raise ModelError(f"{self} comes without a tokenizer; {way_out}")
+        return tokenizer
 
     @property
     def _where(self) -> dict[str, Any]:
