@@ -52,7 +52,7 @@ def user_code() -> Iterator[None]:
 def _is_library(file: str) -> bool:
     """Whether a frame is not the user's: this package, an installed package, the standard library, or no file."""
     path = Path(file)
-    if file.startswith("<") or "site-packages" in path.parts or str(path.parent) == sys.prefix:
+    if file.startswith("<") or "site-packages" in path.parts:
         return True
     resolved = str(path.resolve())
     standard = str(Path(traceback.__file__).parent.resolve())

