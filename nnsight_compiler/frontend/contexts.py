@@ -1,0 +1,47 @@
+"""What a `with` item is, told from its text alone."""
+
+from __future__ import annotations
+
+from typing import Literal as OneOf
+
+import libcst as cst
+
+from nnsight_compiler.frontend.trees import dotted_name
+
+ContextKind = OneOf["trace", "generate", "invoke", "backward", "torch", "unknown"]
+
+
+def kind_of(item: cst.WithItem) -> ContextKind:
+    """The kind of a context: a method call of ours, one of torch's own contexts, or anything else, which may swallow
+    exceptions."""
+    match item.item:
+        case cst.Call(func=cst.Attribute(attr=cst.Name(value=method)) as function):
+            if dotted_name(function).startswith("torch."):
+                return "torch"
+            match method:
+                case "trace" | "generate" | "invoke" | "backward":
+                    return method
+    return "unknown"
+
+
+def opens_forward(kind: ContextKind) -> bool:
+    """Whether `.output` and its like mean sites of a forward inside such a context."""
+    return kind in ("trace", "generate", "invoke", "backward")
+
+
+def is_true(test: cst.BaseExpression) -> bool:
+    """Whether a loop's condition is a constant that holds: `while True`, `while 1`."""
+    match test:
+        case cst.Name(value="True"):
+            return True
+        case cst.Integer():
+            return test.evaluated_value != 0
+    return False
+
+
+def trace_item(node: cst.With) -> int | None:
+    """The number of the first item that opens a forward."""
+    for number, item in enumerate(node.items):
+        if kind_of(item) in ("trace", "generate"):
+            return number
+    return None
