@@ -16,6 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import CellType, FunctionType
 from typing import Any, final
 from typing import Literal as OneOf
 
@@ -159,11 +160,22 @@ def _shadow(module: nn.Module, memo: dict[int, Any], fake: bool) -> nn.Module:
                 if getattr(one, shared, None) is not None:
                     memo[id(getattr(one, shared))] = getattr(one, shared)
     shadow = copy.deepcopy(module, memo)
-    if fake:
-        for part in shadow.modules():
-            if "_old_forward" in vars(part):  # accelerate's way of wrapping a forward
-                part.forward = vars(part)["_old_forward"]
+    for part in shadow.modules():
+        if fake and "_old_forward" in vars(part):  # accelerate's way of wrapping a forward
+            part.forward = vars(part)["_old_forward"]
+        forward = vars(part).get("forward")
+        if isinstance(forward, FunctionType):
+            part.forward = _within_shadow(forward, memo)
     return shadow
+
+
+def _within_shadow(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """A forward that someone set on the instance, with the shadow where its closure holds the module: a deep copy keeps
+    functions as they are, so it would run the user's own modules."""
+    cells = tuple(CellType(copy.deepcopy(cell.cell_contents, memo)) for cell in function.__closure__ or ())
+    copied = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 class _NoHook:

@@ -235,3 +235,16 @@ def test_arguments_that_require_grad_and_inference_mode():
     with torch.inference_mode():
         assert observe(module, (torch.randn(1, 4),)).count("") == 1
         assert observe(nn.Linear(4, 4), (torch.randn(1, 4),)).mutated_later == frozenset()
+
+
+def test_a_forward_set_on_the_instance_runs_on_the_shadow():
+    module, x = Repeats(), torch.randn(1, 4)
+    plain = module.forward
+
+    def louder(x: torch.Tensor, *, scale: float = 2.0) -> dict[str, torch.Tensor]:
+        return plain(x, scale=scale)
+
+    module.forward = louder  # type: ignore[method-assign]
+    seen = observe(module, (x,))
+    assert (seen.count("twice"), seen.count("last"), module.runs) == (2, 1, 0)
+    assert module.forward is louder
