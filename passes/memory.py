@@ -18,7 +18,7 @@ In doubt, values alias. Taken on trust: reading an attribute changes nothing, an
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import cast
 
 from nnsight_compiler.ir import ops
@@ -98,23 +98,22 @@ class Memory:
 
     def live(self, operand: Operand) -> bool:
         """Whether the value may share storage with a site: the model may change it, or it the model."""
-        reached = self.reachable(operand)
-        if any(isinstance(root, (Site, Gradient)) for root in reached):
+        return any(isinstance(root, (Site, Gradient)) or self.entered(root) for root in self.reachable(operand))
+
+    def entered(self, root: Root) -> bool:
+        """Whether the storage may be given to the model: as an input, or in the place of a site's value."""
+        if any(root in given for given in self._points_to.given.values()):
             return True
-        inside = {
-            root
-            for holder, held in self._points_to.held.items()
-            if _is_live(holder)
-            for root in self._points_to.reach(held)
-        }
-        return any(root in inside for root in reached) or any(
-            root in given for given in self._points_to.given.values() for root in reached
-        )
+        holders = [holder for holder in self._points_to.held if isinstance(holder, tuple) or holder == "gradient"]
+        return any(root in self._points_to.reach(self._points_to.held[holder]) for holder in holders)
 
     def escaped(self, operand: Operand) -> bool:
         """Whether the value was put into a container, an object, a closure or a cell, or given to a host call."""
-        roots = self.roots(operand)
-        return any(roots & held for held in self._points_to.held.values())
+        return any(map(self.is_held, self.roots(operand)))
+
+    def is_held(self, root: Root) -> bool:
+        """Whether a container, an object, a closure, a cell or host code may hold the storage."""
+        return any(root in held for held in self._points_to.held.values())
 
     def calls_closures(self, op: Op) -> bool:
         """Whether the op may run a closure of the program's."""
@@ -238,7 +237,3 @@ class Memory:
             return NOTHING
         outside: Roots = frozenset({ANYTHING, ANY_NAME})
         return self._points_to.spread(self._points_to.reach(outside.union(*map(self.roots, operands(op)))))
-
-
-def _is_live(holder: Hashable) -> bool:
-    return isinstance(holder, (str, tuple)) and holder != "outside"
