@@ -1,0 +1,73 @@
+"""Python identifiers for the values of a program."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from collections.abc import Iterable
+
+from nnsight_compiler.ir.ops import Closure, Global, SetGlobal
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.values import Value
+
+_SUFFIX = re.compile(r"(\.\d+)+$")
+_FORBIDDEN = frozenset([*keyword.kwlist, *keyword.softkwlist, *dir(builtins)])
+
+
+def signature_name(value: Value) -> str:
+    """The name under which callers know a parameter: the value's name without the suffix that makes it unique."""
+    return _SUFFIX.sub("", value.name)
+
+
+class Names:
+    """Gives each value of a program an identifier of its own: `h` for `h`, `h_1` for `h.1`, `v0` for `0`.
+
+    Parameters keep the names by which callers may pass them, so two closures can both have an `x`. No other value
+    gets the name of a parameter, of a global or free variable that the program mentions, of a builtin, a keyword, or
+    one of `reserved`.
+
+    outside: the names that the program takes from around it, each with where it belongs (`global`, `free`).
+    """
+
+    def __init__(self, program: Program, reserved: Iterable[str] = ()) -> None:
+        self._taken = {*_FORBIDDEN, *reserved}
+        self._found: dict[str, str] = {}
+        self.outside: set[tuple[str, str]] = set()
+        parameters = list(program.parameters)
+        for op in program.walk():
+            if isinstance(op, Global | SetGlobal):
+                self.outside.add((op.name, op.scope))
+                self._taken.add(op.name)
+            elif isinstance(op, Closure):
+                parameters.extend(op.parameters)
+        for parameter in parameters:
+            name = signature_name(parameter.value)
+            if name.isidentifier() and not keyword.iskeyword(name):
+                self._found[parameter.value.name] = name
+                self._taken.add(name)
+
+    def __getitem__(self, value: Value) -> str:
+        """The identifier of a value."""
+        found = self._found.get(value.name)
+        if found is None:
+            found = self._found[value.name] = self.fresh(value.name)
+        return found
+
+    def fresh(self, hint: str) -> str:
+        """An identifier that nothing else has, close to the hint."""
+        stem = re.sub(r"\W", "_", hint) or "v"
+        if stem[0].isdigit():
+            stem = f"v{stem}"
+        name, number = stem, 0
+        while name in self._taken or not name.isidentifier():
+            number += 1
+            name = f"{stem}_{number}"
+        self._taken.add(name)
+        return name
+
+    def temporary(self, hint: str) -> Value:
+        """A new value, which no program has, with an identifier of its own."""
+        name = self.fresh(hint)
+        self._found[f"{name}.temporary"] = name
+        return Value(f"{name}.temporary")
