@@ -35,7 +35,9 @@ _LOOKS = (ops.If, ops.For, ops.Format, ops.Return, ops.Emit, ops.Raise)
 
 
 def declared_effects(op: Op) -> Effect:
-    """What the class of the op says that it may do; ops that look into what they are given read it."""
+    """What the op's class says that it may do; besides, some look into what they are given, and `+=` changes it."""
+    if isinstance(op, ops.Operator) and op.in_place:
+        return op.effects | Effect.WRITES
     return op.effects | (Effect.READS if isinstance(op, _LOOKS) else Effect.NONE)
 
 
@@ -91,9 +93,10 @@ def _add_memory_edges(graph: nx.MultiDiGraph, effects: Callable[[Op], Effect]) -
         may = effects(op)
         if not may & (Effect.READS | _WRITES):
             continue
-        for storage in dict.fromkeys(shared.get(each, each) for each in _touched(op)):
+        written = {shared.get(each, each) for each in _written(op)} if may & _WRITES else set()
+        for storage in dict.fromkeys(shared.get(each, each) for each in (*_touched(op), *_written(op))):
             earlier = [writers[storage]] if storage in writers else []
-            if may & _WRITES:
+            if storage in written:
                 earlier = readers.pop(storage, []) or earlier
                 writers[storage] = node
             else:
@@ -103,11 +106,28 @@ def _add_memory_edges(graph: nx.MultiDiGraph, effects: Callable[[Op], Effect]) -
 
 def _touched(op: Op) -> Iterator[Storage]:
     """The storage that an op with effects may read or write."""
-    if isinstance(op, ops.Global | ops.SetGlobal):
+    if isinstance(op, ops.Global):
         yield (op.scope, op.name)
     for operand in _looked_into(op):
         yield from _storage(operand)
     yield from (value.name for value in defined(op))
+
+
+def _written(op: Op) -> Iterator[Storage]:
+    """The storage that an op which writes may write; the rest of what it touches it only reads."""
+    match op:
+        case ops.SetGlobal(scope=scope, name=name):
+            yield (scope, name)
+        case ops.SetAttribute(object=changed) | ops.SetItem(object=changed) | ops.Delete(object=changed):
+            yield from _storage(changed)
+        case (
+            ops.Store(cell=changed) | ops.Write(module=changed) | ops.Skip(module=changed) | ops.SetGrad(value=changed)
+        ):
+            yield from _storage(changed)
+        case ops.Operator(operands=(changed, *_)):
+            yield from _storage(changed)
+        case _:
+            yield from _touched(op)
 
 
 def _looked_into(op: Op) -> Iterator[Operand]:

@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from typing import Literal as OneOf
 
 from nnsight_compiler.ir.ops import Region
+from nnsight_compiler.ir.values import Slice, Tuple
 
 _KNOWN: dict[type, dict[str, Any]] = {}
 
@@ -27,7 +28,8 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def conforms(held: object, hint: Any) -> bool:
-    """Whether a value is what an annotation says, looking into tuples and parts, but not into regions' ops."""
+    """Whether a value is what an annotation says: it looks into tuples and arguments, not into regions and operands,
+    whose depth is not bounded here."""
     for each in alternatives(hint):
         origin = get_origin(each)
         if origin is tuple:
@@ -47,6 +49,6 @@ def conforms(held: object, hint: Any) -> bool:
 
 
 def _parts_conform(held: object, kind: type) -> bool:
-    if kind is Region:
+    if kind in (Region, Slice, Tuple):
         return True
     return all(conforms(getattr(held, name), hint) for name, hint in schema(kind).items())

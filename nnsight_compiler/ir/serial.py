@@ -216,7 +216,7 @@ class _Reader:
         if Value in choices:
             if defines:
                 return self.definition(data, path)
-            return self.operand(data, path, depth)
+            return self.operand(data, path)
         if str in choices and len(choices) > 1 and type(data) is str:
             return data
         choice = choices[-1]
@@ -236,7 +236,7 @@ class _Reader:
         if choice is Region:
             return self.region(data, path, depth + 1)
         if choice is Module:
-            module = self.operand(data, path, depth)
+            module = self.operand(data, path)
             return module if isinstance(module, Module) else self.fail(path, "expected a module")
         return self.record(data, choice, path, depth)
 
@@ -278,9 +278,9 @@ class _Reader:
             self.fail(path, f"the value {name!r:.80} is not defined before it is used")
         return self.values[name]
 
-    def operand(self, data: object, path: str, depth: int) -> Operand:
-        if depth > 2 * MAX_NESTING:
-            self.fail(path, "operands are nested too deep")
+    def operand(self, data: object, path: str, depth: int = 1) -> Operand:
+        if depth > MAX_NESTING:
+            self.fail(path, f"operands are nested more than {MAX_NESTING} deep")
         if type(data) is str:
             return self.use(data, path)
         key, held = self.only(data, path)

@@ -18,7 +18,7 @@ from nnsight_compiler.ir.schema import conforms, schema
 from nnsight_compiler.ir.syntax import ARITHMETIC, BINARY, UNARY
 from nnsight_compiler.ir.tokens import MAX_NESTING
 from nnsight_compiler.ir.traverse import defined, operands, used
-from nnsight_compiler.ir.values import Literal, Operand, Slice, Tuple, Unbound, Value
+from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
 
 _LITERALS = frozenset({type(None), bool, int, float, complex, str, bytes, type(...)})
 _RANKS = ("positional_only", "positional_or_keyword", "var_positional", "keyword_only", "var_keyword")
@@ -158,8 +158,10 @@ class _Verifier:
                 return [leaf for part in parts for leaf in self.leaves(op, part, depth + 1)]
             case Slice(lower=lower, upper=upper, step=step):
                 return [leaf for part in (lower, upper, step) for leaf in self.leaves(op, part, depth + 1)]
-            case _:
+            case _ if conforms(operand, Value | Literal | Unbound | Module):
                 return [operand]
+            case _:
+                self.fail(op, f"{operand!r:.80} is no operand", printed=False)
 
     def may_be_unbound(self, op: Op, place: _Place) -> tuple[Operand, ...]:
         match op:
