@@ -18,8 +18,8 @@ Legal, where nothing in between, in the order of the source, changes what the se
 - A known pure call, an operator, an item, an attribute: if no storage that it looks at is written in between. Random
   calls, and calls that make iterators or containers, never.
 - What is computed may be new storage: two results become one only if no one can tell. Either they are only computed
-  with further (or saved, which copies), or nothing in the program writes them, compares them by identity, stores them in a
-  container, returns them, or gives them to the model or to a host call.
+  with further (or saved, which copies), or nothing in the program writes them, compares them by identity, stores them
+  in a container, returns them, or gives them to the model or to a host call.
 - Items and attributes of objects from outside the program are left alone: they may run any code.
 """
 

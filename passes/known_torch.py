@@ -44,6 +44,7 @@ _UNKNOWN = frozenset(
     words("""
     set_ swap_ resize_ resize_as_ data is_leaf output_nr requires_grad retains_grad names compile cond while_loop vmap
     fork wait apply_ map_ map2_ register_hook backward module_load storage untyped_storage _version rename_ rename
+    resize resize_as resize_as_sparse resize_as_sparse_ qscheme
     """)
 )
 """Operators that run code of the user's, or rearrange storage itself: left to be host calls."""
@@ -65,11 +66,11 @@ def _listed() -> Iterator[KnownCall]:
         yield KnownCall(method + name, pure)
     for name in words(
         "numpy float double half bfloat16 int long short char byte bool cfloat cdouble chalf cuda cpu xpu type to "
-        "type_as as_subclass pin_memory contiguous requires_grad_ share_memory_ retain_grad"
+        "type_as as_subclass pin_memory dequantize contiguous requires_grad_ share_memory_ retain_grad"
     ):
         writes: tuple[Place, ...] = (0,) if name in ("requires_grad_", "share_memory_", "retain_grad") else ()
         yield KnownCall(method + name, Behaviour.MUTATES if writes else view, writes, (0,), leaf=True)
-    for name in words("split unsafe_chunk unsafe_split stft istft"):
+    for name in words("split unsafe_chunk unsafe_split unsafe_split_with_sizes stft istft"):
         yield KnownCall(method + name, view, aliases=(0,))
 
     for name in words(
@@ -85,7 +86,7 @@ def _listed() -> Iterator[KnownCall]:
         yield KnownCall("torch." + name, pure)
     for name in words(
         "as_tensor asarray from_numpy einsum broadcast_tensors atleast_1d atleast_2d atleast_3d cartesian_prod "
-        "chain_matmul meshgrid split stft istft nn.Parameter"
+        "chain_matmul meshgrid split unsafe_chunk unsafe_split unsafe_split_with_sizes stft istft dequantize nn.Parameter"
     ):
         yield KnownCall("torch." + name, view, aliases=EVERY)
     for name in words(
@@ -121,7 +122,7 @@ def _listed() -> Iterator[KnownCall]:
         "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"
     ):
         yield KnownCall(functional + name, pure)
-    for name in words("interpolate upsample pad unfold fold pixel_shuffle pixel_unshuffle"):
+    for name in words("interpolate upsample pad unfold fold"):
         yield KnownCall(functional + name, view, aliases=(0, "input"), leaf=True)
     for name in words("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu gumbel_softmax"):
         yield KnownCall(functional + name, view, aliases=(0, "input"), random=True, leaf=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from textwrap import dedent
 
 import pytest
+
 from nnsight_compiler.ir.parser import parse_program
 from nnsight_compiler.ir.verifier import verify
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
