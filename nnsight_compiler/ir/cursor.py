@@ -227,10 +227,6 @@ class Cursor:
             self.fail(f"expected an operand, not `{token.text}`", back=1)
         return literal
 
-    def operands(self) -> tuple[Operand, ...]:
-        """Operands up to the end of the line."""
-        return self.listed(self.operand, ":")
-
     def index_part(self) -> Operand:
         """An operand or, where a colon stands, a slice."""
         lower = NONE if self.at(":") else self.operand()
@@ -393,7 +389,7 @@ _HOLES: dict[str, Callable[[Cursor], Any]] = {
     "maybe": lambda cursor: None if cursor.peek() is None or cursor.at("from") else cursor.operand(),
     "name": Cursor.name,
     "operand": Cursor.operand,
-    "operands": Cursor.operands,
+    "operands": lambda cursor: cursor.listed(cursor.operand, ":"),
     "owner": Cursor.operand,
     "parts": lambda cursor: cursor.listed(cursor.part, ":"),
     "relative": Cursor.relative,

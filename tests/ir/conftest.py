@@ -7,7 +7,8 @@ import random
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
+from typing import Literal as OneOf
 
 import pytest
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.builder import Builder
 from nnsight_compiler.ir.ops import Argument, Element, FormatPart, Handler, Op, Parameter, Region
 from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.schema import schema
 from nnsight_compiler.ir.span import NOWHERE, Span
 from nnsight_compiler.ir.syntax import ARITHMETIC, BINARY, UNARY
 from nnsight_compiler.ir.types import ANY, Dimension, ModuleType, TensorType, Type
@@ -253,25 +255,40 @@ class Maker:
         if place.generator:
             kinds += [ops.Emit] * 6
         kind = self.pick(kinds)
-        return kind(span=self.span(), **getattr(self, f"make_{kind.__name__.lower()}")(place))
+        make = getattr(self, f"make_{kind.__name__.lower()}", None)
+        held = self.plain(kind, place) if make is None else make(place)
+        return kind(span=self.span(), **held)
 
-    def make_global(self, place: Place) -> dict[str, Any]:
-        return {"result": self.define(), "name": self.pick(NAMES), "scope": self.pick(("global", "free"))}
+    def plain(self, kind: type[Op], place: Place) -> dict[str, Any]:
+        """The fields of an op whose fields have nothing to do with each other, by their annotations."""
+        hints = dict(schema(kind))
+        body, result = hints.pop("body", None), hints.pop("result", None)
+        held: dict[str, Any] = {}
+        for name, hint in hints.items():
+            if name == "module":
+                held[name] = self.module()
+            elif hint == Operand:
+                held[name] = self.merged() if (kind, name) in MERGES else self.operand()
+            elif get_origin(hint) is OneOf:
+                held[name] = self.pick(get_args(hint))
+            else:
+                held[name] = self.made_of(hint)
+        if result is not None:
+            held["result"] = self.define()
+        if body is not None:
+            changes = {"forward": {"forward": True}, "backward": {"backward": True}}.get(kind.__name__.lower(), {})
+            held["body"] = self.within(place, **changes)
+        return held
 
-    def make_setglobal(self, place: Place) -> dict[str, Any]:
-        return {"name": self.pick(NAMES), "value": self.operand(), "scope": self.pick(("global", "free"))}
-
-    def make_cell(self, place: Place) -> dict[str, Any]:
-        return {"initial": self.merged(), "name": self.pick(NAMES), "result": self.define()}
-
-    def make_load(self, place: Place) -> dict[str, Any]:
-        return {"cell": self.operand(), "name": self.pick(NAMES), "result": self.define()}
-
-    def make_store(self, place: Place) -> dict[str, Any]:
-        return {"cell": self.operand(), "value": self.merged()}
-
-    def make_bound(self, place: Place) -> dict[str, Any]:
-        return {"value": self.merged(), "name": self.pick(NAMES), "result": self.define()}
+    def made_of(self, hint: Any) -> Any:
+        if hint is str:
+            return self.pick(NAMES)
+        if hint is bool:
+            return self.flag()
+        if hint == int | None:
+            return self.pick((None, 0, 2, -1))
+        assert get_args(hint)[0] is Argument, hint
+        return self.arguments()
 
     def make_import(self, place: Place) -> dict[str, Any]:
         module = self.pick(("torch", "torch.nn.functional", "naïve.x"))
@@ -283,18 +300,6 @@ class Maker:
             {"module": "", "name": "x", "level": 1 + self.below(4)},
         )
         return {**self.pick(choices), "result": self.define()}
-
-    def make_attribute(self, place: Place) -> dict[str, Any]:
-        return {"object": self.operand(), "name": self.pick(NAMES), "result": self.define()}
-
-    def make_setattribute(self, place: Place) -> dict[str, Any]:
-        return {"object": self.operand(), "name": self.pick(NAMES), "value": self.operand()}
-
-    def make_item(self, place: Place) -> dict[str, Any]:
-        return {"object": self.operand(), "index": self.operand(), "result": self.define()}
-
-    def make_setitem(self, place: Place) -> dict[str, Any]:
-        return {"object": self.operand(), "index": self.operand(), "value": self.operand()}
 
     def make_delete(self, place: Place) -> dict[str, Any]:
         index = self.operand() if self.flag() else None
@@ -375,55 +380,9 @@ class Maker:
         finalizer = self.inner(place) if self.flag() or not handlers else None
         return {"body": body, "handlers": handlers, "orelse": orelse, "finalizer": finalizer}
 
-    def make_with(self, place: Place) -> dict[str, Any]:
-        return {"context": self.operand(), "result": self.define(), "body": self.within(place)}
-
-    def make_forward(self, place: Place) -> dict[str, Any]:
-        held = {"model": self.operand(), "arguments": self.arguments(), "method": self.pick(("trace", "generate"))}
-        return {**held, "result": self.define(), "body": self.within(place, forward=True)}
-
-    def make_invoke(self, place: Place) -> dict[str, Any]:
-        held = {"tracer": self.operand(), "arguments": self.arguments()}
-        return {**held, "result": self.define(), "body": self.within(place)}
-
     def make_steps(self, place: Place) -> dict[str, Any]:
         held = {"tracer": self.operand(), "start": self.operand(), "stop": self.operand()}
         return {**held, "body": self.region(replace(place, yields=0, needed=0, loop=0), 1)}
-
-    def site(self) -> dict[str, Any]:
-        return {"module": self.module(), "call": self.pick((None, 0, 2, -1))}
-
-    def make_read(self, place: Place) -> dict[str, Any]:
-        return {**self.site(), "port": self.pick(("output", "input", "inputs")), "result": self.define()}
-
-    def make_write(self, place: Place) -> dict[str, Any]:
-        return {**self.site(), "port": self.pick(("output", "input", "inputs")), "value": self.operand()}
-
-    def make_skip(self, place: Place) -> dict[str, Any]:
-        return {**self.site(), "value": self.operand()}
-
-    def make_at(self, place: Place) -> dict[str, Any]:
-        site = {**self.site(), "port": self.pick(("output", "input"))}
-        return {**site, "body": self.within(place)}
-
-    def make_save(self, place: Place) -> dict[str, Any]:
-        return {"value": self.operand(), "copy": self.flag(), "result": self.define()}
-
-    def make_stop(self, place: Place) -> dict[str, Any]:
-        return {"tracer": self.operand()}
-
-    def make_backward(self, place: Place) -> dict[str, Any]:
-        held = {"loss": self.operand(), "arguments": self.arguments()}
-        return {**held, "body": self.within(place, backward=True)}
-
-    def make_grad(self, place: Place) -> dict[str, Any]:
-        return {"value": self.operand(), "result": self.define()}
-
-    def make_setgrad(self, place: Place) -> dict[str, Any]:
-        return {"value": self.operand(), "gradient": self.operand()}
-
-    def make_emit(self, place: Place) -> dict[str, Any]:
-        return {"value": self.operand()}
 
     # --- programs ---
 
@@ -455,6 +414,7 @@ SIMPLE = (
     ops.Global, ops.SetGlobal, ops.Cell, ops.Load, ops.Store, ops.Bound, ops.Import, ops.Attribute, ops.SetAttribute,
     ops.Item, ops.SetItem, ops.Delete, ops.Build, ops.Format, ops.Unpack, ops.Operator, ops.Call, ops.Save,
 )  # fmt: skip
+MERGES = {(ops.Cell, "initial"), (ops.Store, "value"), (ops.Bound, "value")}
 NESTED = (ops.Closure, ops.If, ops.For, ops.While, ops.Try, ops.With, ops.Forward, ops.Backward)
 
 

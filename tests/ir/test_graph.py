@@ -47,6 +47,7 @@ MEMORY = [
     # What an operator makes is its own; what it changes in place is not.
     ("%x = %a + 1\nset_item %x[0] = 1\n%y = item %a[0]", {(0, 1)}),
     ("%x = %a += 1\nset_item %x[0] = 1\n%y = item %a[0]", {(0, 1), (1, 2)}),
+    ("%x = %a += 1\n%y = item %a[0]", {(0, 1)}),
     # A copy is its own, and what is kept is not.
     ("%x = save %a\nset_item %a[0] = 1\n%y = item %x[0]", {(0, 1)}),
     ("%x = keep %a\nset_item %a[0] = 1\n%y = item %x[0]", {(0, 1), (1, 2)}),
@@ -56,7 +57,8 @@ MEMORY = [
     ("%x = call %model(%a) as torch.exp\n%y = call %model(%b) as torch.exp", set()),
     # Values that leave a loop by a nested break may be what was put in.
     (
-        "%x = for %i in %a carry %c = 0\n  if %i\n  then\n    break %b\n  continue %c\nset_item %x[0] = 1\n%y = item %b[0]",
+        "%x = for %i in %a carry %c = 0\n  if %i\n  then\n    break %b\n  continue %c\n"
+        "set_item %x[0] = 1\n%y = item %b[0]",
         {(0, 4), (1, 4), (4, 5)},
     ),
     # A closure holds what it uses.
