@@ -13,10 +13,11 @@ from typing import final
 
 import libcst as cst
 
+from nnsight_compiler.frontend.analysis import analyse_block
 from nnsight_compiler.frontend.contexts import kind_of, trace_item
 from nnsight_compiler.frontend.definitions import Definitions
 from nnsight_compiler.frontend.functions import lower_node, refuse
-from nnsight_compiler.frontend.scopes import Analysis, analyse_block
+from nnsight_compiler.frontend.scopes import Analysis
 from nnsight_compiler.frontend.source import changed_source, characters, lines_of, statement_excerpt
 from nnsight_compiler.frontend.statements import Statements
 from nnsight_compiler.frontend.syntax import Excerpt, Syntax, class_of
@@ -103,8 +104,8 @@ def _lower(syntax: Syntax, node: cst.With, item: int, frame: Container[str], com
     analysis = analyse_block(syntax, node, item, frame, complete, traced)
     refuse(analysis)
     lowering = Statements(syntax, analysis)
-    model, args, kwargs = (lowering.fresh(name) for name in ("model", "args", "kwargs"))
     reads = [each.name for each in analysis.reads() if each.name != traced]
+    model, args, kwargs = (lowering.fresh(_unlike(name, reads)) for name in ("model", "args", "kwargs"))
     given = {name: lowering.fresh(name) for name in reads}
     lowering.unsure.update(value.name for value in given.values())
     lowering.declare(analysis.root, {**given, traced: model}, span)
@@ -124,6 +125,13 @@ def _lower(syntax: Syntax, node: cst.With, item: int, frame: Container[str], com
     )
     same_line = isinstance(node.body, cst.SimpleStatementSuite) or item + 1 < len(node.items)
     return Block(program, tuple(reads), _first_line(syntax, node), same_line)
+
+
+def _unlike(name: str, names: Sequence[str]) -> str:
+    """The name, lengthened where one of these is the same: callers may tell parameters by name."""
+    while name in names:
+        name += "_"
+    return name
 
 
 def _export(lowering: Statements, analysis: Analysis, number: int, span: Span) -> Operand:

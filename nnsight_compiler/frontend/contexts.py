@@ -25,8 +25,8 @@ def kind_of(item: cst.WithItem) -> ContextKind:
 
 
 def opens_forward(kind: ContextKind) -> bool:
-    """Whether `.output` and its like mean sites of a forward inside such a context."""
-    return kind in ("trace", "generate", "invoke", "backward")
+    """Whether the code in such a context takes part in a forward."""
+    return kind in ("trace", "generate", "invoke")
 
 
 def is_true(test: cst.BaseExpression) -> bool:

@@ -7,8 +7,8 @@ from typing import final
 
 import libcst as cst
 
+from nnsight_compiler.frontend.analysis import analyse_function
 from nnsight_compiler.frontend.contexts import trace_item
-from nnsight_compiler.frontend.scopes import analyse_function
 from nnsight_compiler.frontend.syntax import Syntax
 from nnsight_compiler.frontend.trees import dotted_name
 

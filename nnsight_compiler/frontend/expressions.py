@@ -206,7 +206,7 @@ class Expressions(Closures):
 
     def call(self, node: cst.Call, hint: str) -> Operand:
         match node.func:
-            case cst.Attribute(value=owner, attr=cst.Name(value="save")) if self.in_forward and not node.args:
+            case cst.Attribute(value=owner, attr=cst.Name(value="save")) if not node.args and self.saves():
                 saved = self.expression(owner)
                 result = self.fresh(hint)
                 self.builder.emit(Save(result, saved, span=self.span(node)))
@@ -216,6 +216,10 @@ class Expressions(Closures):
         result = self.fresh(hint)
         self.builder.emit(Call(result, function, arguments, span=self.span(node)))
         return result
+
+    def saves(self) -> bool:
+        """Whether `.save()` is ours here."""
+        return self.in_forward or self.in_backward
 
     def arguments(self, nodes: Sequence[cst.Arg]) -> tuple[Argument, ...]:
         """The arguments of a call."""
@@ -228,7 +232,7 @@ class Expressions(Closures):
         return tuple(
             Argument(
                 part.value,
-                None if node.keyword is None else self.syntax.name(node.keyword.value),
+                None if node.keyword is None else node.keyword.value,
                 "**" if node.star == "**" else "*" if node.star else "",
             )
             for part, node in zip(parts, ordered, strict=True)

@@ -8,8 +8,9 @@ from types import FunctionType
 
 import libcst as cst
 
+from nnsight_compiler.frontend.analysis import analyse_function
 from nnsight_compiler.frontend.definitions import Definitions
-from nnsight_compiler.frontend.scopes import Analysis, analyse_function
+from nnsight_compiler.frontend.scopes import Analysis
 from nnsight_compiler.frontend.source import changed_source, excerpt_of
 from nnsight_compiler.frontend.statements import Statements
 from nnsight_compiler.frontend.syntax import Excerpt, FunctionNode, Syntax, class_of

@@ -66,7 +66,7 @@ class Lowering(ABC):
     assigned: every assignment of an SSA variable so far, in order; expressions merge what their paths assigned.
     alive: control reaches this point.
     in_forward: the code stands inside a forward, where `.output`, `.input` and `.inputs` are sites.
-    in_backward: it stands inside a backward pass, where `.grad` is a gradient.
+    in_backward: it stands inside a backward pass, where `.grad` is a gradient. In both, `.save()` is known.
     """
 
     def __init__(self, syntax: Syntax, analysis: Analysis) -> None:

@@ -105,7 +105,7 @@ class Statements(Expressions):
 
     def imported(self, node: cst.Import) -> None:
         for alias in node.names:
-            module, span = dotted_name(alias.name), self.span(alias)
+            module, span = self.syntax.name(dotted_name(alias.name)), self.span(alias)
             renamed = None if alias.asname is None else alias.asname.name
             name = renamed.value if isinstance(renamed, cst.Name) else module.partition(".")[0]
             result = self.fresh(name)
@@ -293,7 +293,8 @@ class Statements(Expressions):
         target = None if item.asname is None else item.asname.name
         result = self.fresh(_hint(target)) if kind != "backward" else None
         outer = self.in_forward, self.in_backward
-        self.in_forward, self.in_backward = True, self.in_backward or kind == "backward"
+        self.in_forward = self.in_forward or kind != "backward"
+        self.in_backward = self.in_backward or kind == "backward"
         with self.builder.region() as ops:
             if target is not None and result is not None:
                 self.store(target, result)
