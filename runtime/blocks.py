@@ -12,7 +12,7 @@ from nnsight_compiler.ir.errors import IRError
 from nnsight_compiler.ir.ops import AnyOp, Break, Continue, Emit, Op, Parameter, Region, Unpack, Yield
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.traverse import used, walk
+from nnsight_compiler.ir.traverse import defined, used, walk
 from nnsight_compiler.ir.values import Operand, Value
 from nnsight_compiler.runtime.expressions import Expressions, Scope
 from nnsight_compiler.runtime.names import Names
@@ -162,7 +162,7 @@ class Blocks(Expressions):
             made = self.lower(cast(AnyOp, op))
             if isinstance(made, ast.expr):
                 locate(made, op.span)
-                value: Value = op.result  # type: ignore[attr-defined]  # an op that is an expression has one
+                (value,) = defined(op)
                 single = self.uses[value.name] == 1 and value.name in here
                 if single and (value.name.isdecimal() or value.name in handed_over):
                     pending.append(Pending(value, made, depth + 1, op.span))

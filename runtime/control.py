@@ -125,7 +125,7 @@ class Control(Blocks):
             if hides or (self.rebound(value) and not self.was_handed(value)):
                 handed[value.name] = self.names.fresh(value.name) if hides else self.names[value]
                 given.append(found)
-        defaults = [self.operand(default, op.span) for default in op.defaults]
+        defaults = [locate(self.operand(default, op.span), op.span) for default in op.defaults]
         name, after = self.named_target(op.result)
         inner = self.names.fresh(name) if handed else name
         self.scopes.append(Scope(frozenset(handed.values()), {}, handed))
