@@ -1,0 +1,252 @@
+"""What the compiler knows of a value while it specialises a program, and the guards that make the knowledge safe.
+
+Every value of the source program stands for an `Abstract`: how the specialised program refers to it, and a fact about it.
+A fact that rests on an argument or a global is only *relied on* through `Guards`, so that what is never needed is never
+guarded on: a new prompt does not recompile, a new layer number does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import CellType, FunctionType, ModuleType, NoneType
+from typing import Any, Protocol, TypeGuard
+from typing import Literal as OneOf
+
+from nnsight_compiler.ir.ops import Closure
+from nnsight_compiler.ir.span import NOWHERE, Span
+from nnsight_compiler.ir.values import Literal, Operand, Value
+
+NO_LOOPS: frozenset[int] = frozenset()
+SCALARS = (int, float, complex, bool, str, bytes, NoneType, range, slice, type(...))
+
+
+class ModuleHandle(Protocol):
+    """A module of a wrapped model, as users hold it: `model.layers[3]`. The root's path is empty."""
+
+    @property
+    def _root(self) -> ModelHandle: ...
+    @property
+    def _path(self) -> str: ...
+    @property
+    def _module(self) -> Any: ...
+    def __getitem__(self, index: Any) -> Any: ...
+    def __len__(self) -> int: ...
+
+
+class ModelHandle(ModuleHandle, Protocol):
+    """A wrapped model. `_token` is a number that no other wrapped model of the process has or had."""
+
+    _token: int
+
+
+def is_handle(value: object) -> TypeGuard[ModuleHandle]:
+    """Whether a value is a module of a wrapped model; runs none of the value's own code."""
+    kind = type(value)
+    return inspect.getattr_static(kind, "_path", None) is not None and hasattr(kind, "_module")
+
+
+def immutable(value: object) -> bool:
+    """Whether a value can never change: numbers, strings, ranges, and tuples of such."""
+    if isinstance(value, tuple):
+        return all(map(immutable, value))
+    return isinstance(value, SCALARS) or type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device")
+
+
+# --- facts ---
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The value itself. `text` is the Python expression over the arguments and globals that gives it at each call;
+    `None` for a constant. `anchor` is the part of it whose identity stands for the whole (`torch` of `torch.softmax`)."""
+
+    value: Any
+    text: str | None = None
+    anchor: tuple[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteModule:
+    """A module of a model. `model` is the value of the specialised program that holds the model."""
+
+    handle: Any
+    model: Value
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCalls:
+    """`module.calls`, or one of them with `call`."""
+
+    module: SiteModule
+    call: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tracer:
+    """What `with model.trace(…) as tracer` binds."""
+
+    forward: Value
+
+
+@dataclass(slots=True)
+class Elements:
+    """A container that the program itself made, element by element known. `items` becomes `None` when it is no longer
+    followed; `loops` are then the loops whose unrolling would keep it known."""
+
+    kind: OneOf["tuple", "list", "dict"]
+    items: list[Abstract] | None
+    keys: list[Abstract] = field(default_factory=list)
+    loops: frozenset[int] = NO_LOOPS
+
+    @property
+    def mutable(self) -> bool:
+        return self.kind != "tuple"
+
+    def forget(self, loops: frozenset[int] = NO_LOOPS) -> None:
+        """Stops following the container, and what it contains, unless it cannot change."""
+        if self.items is None:
+            self.loops |= loops
+            return
+        items = self.items
+        if self.mutable:
+            self.items, self.loops = None, self.loops | loops
+        for item in items:
+            if isinstance(item.fact, Elements):
+                item.fact.forget(loops)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """An attribute of a value that only the run can give, as it is when called."""
+
+    receiver: Abstract
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A closure of the program, with the values that it sees."""
+
+    closure: Closure
+    scope: dict[Value, Abstract]
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """`enumerate`, `zip`, `reversed`, `tqdm` of other values: transparent when iterated."""
+
+    kind: OneOf["enumerate", "zip", "reversed", "same"]
+    bases: tuple[Abstract, ...]
+    start: int = 0
+
+
+Fact = Known | SiteModule | SiteCalls | Tracer | Elements | Method | Function | Iteration | None
+
+
+@dataclass(slots=True)
+class Abstract:
+    """A value of the source program.
+
+    operand: what stands for it in the specialised program; `None` where nothing can (a function that touches the model).
+    loops: the rolled loops that it changes with.
+    live: 2 where it is a value of the model that was not saved, 1 where only the run can tell, 0 where it is not.
+    """
+
+    operand: Operand | None
+    fact: Fact = None
+    loops: frozenset[int] = NO_LOOPS
+    live: int = 0
+    span: Span = NOWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where a function's names come from: the program's own function, or a helper that is being inlined.
+
+    texts: prefix for the texts of its globals and free variables; empty for the program's own globals.
+    override: the span that ops of a helper from another file are given, so that errors show the user's own line.
+    """
+
+    globals: Mapping[str, Any]
+    closure: Mapping[str, CellType]
+    name: str
+    own: bool
+    override: Span | None = None
+    function: FunctionType | None = None
+
+
+# --- guards ---
+
+GuardKind = OneOf["value", "identity", "model", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A fact that a specialised program rests on: the value (or its identity or length) of an expression."""
+
+    text: str
+    kind: GuardKind
+    value: Any
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "value":
+                return f"{self.text}={self.value!r}"
+            case "length":
+                return f"len({self.text})={self.value}"
+            case "identity":
+                return f"{self.text} is {getattr(self.value, '__name__', type(self.value).__name__)}"
+            case "model":
+                return f"{self.text} is this model"
+
+    @property
+    def key_text(self) -> str:
+        """The expression whose value tells whether the guard holds."""
+        match self.kind:
+            case "value":
+                return f"({self.text}).__class__, {self.text}"
+            case "length":
+                return f"len({self.text})"
+            case "identity":
+                return f"id({self.text})"
+            case "model":
+                return f"{self.text}._token"
+
+
+@dataclass(slots=True)
+class Guards:
+    """The guards collected so far. `objects` are what texts may name besides arguments and globals."""
+
+    guards: dict[tuple[str, GuardKind], Guard] = field(default_factory=dict)
+    objects: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, text: str, kind: GuardKind, value: Any) -> None:
+        self.guards.setdefault((text, kind), Guard(text, kind, value))
+
+    def name(self, value: Any, hint: str) -> str:
+        """A name by which texts can mention an object."""
+        for name, held in self.objects.items():
+            if held is value:
+                return name
+        name = f"_{hint}_{len(self.objects)}"
+        self.objects[name] = value
+        return name
+
+    def rely_on_identity(self, known: Known) -> None:
+        """Relies on what a callable or module is."""
+        if known.text is not None:
+            text, value = known.anchor or (known.text, known.value)
+            self.add(text, "identity", value)
+
+
+def constant(value: Any) -> Abstract:
+    """A value that the source spells out."""
+    return Abstract(Literal(value) if isinstance(value, (*SCALARS[:7], type(...))) else None, Known(value))
+
+
+def python_module(value: object) -> TypeGuard[ModuleType]:
+    return isinstance(value, ModuleType)
