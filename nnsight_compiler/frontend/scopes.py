@@ -1,9 +1,4 @@
-"""Names resolved before lowering: the scopes of a program, their variables, and what the language does not support.
-
-One walk over the function, in Python's order of evaluation. It finds for each name which scope it belongs to, records
-the events that `flow` needs, and collects a diagnostic for every construct that cannot be lowered, so that lowering
-itself cannot fail.
-"""
+"""The scopes of a program: which names belong to which, and what is known of them before lowering."""
 
 from __future__ import annotations
 

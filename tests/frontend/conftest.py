@@ -1,4 +1,5 @@
-"""A plain interpreter of host-only IR: what the ops mean, written down as directly as possible, for the tests here."""
+"""A plain interpreter of IR: what the host ops mean, written down as directly as possible, for the tests here. A forward
+only binds its tracer and runs its body."""
 
 from __future__ import annotations
 
@@ -141,6 +142,9 @@ class Interpreter:
                 return (yield from self.while_loop(op, frame))
             case ops.Try():
                 return (yield from self.attempt(op, frame))
+            case ops.Forward(result=result, model=model, body=body):
+                frame[result.name] = get(model).tracer
+                return (yield from self.region(body, frame))
             case ops.With(result=result, context=context, body=body):
                 with get(context) as entered:
                     frame[result.name] = entered
@@ -352,3 +356,8 @@ def interpret(program: Program, namespace: Mapping[str, Any], closure: Mapping[s
 @pytest.fixture(name="interpret", scope="session")
 def interpret_fixture() -> Callable[..., Callable[..., Any]]:
     return interpret
+
+
+@pytest.fixture(name="nothing", scope="session")
+def nothing_fixture() -> object:
+    return NOTHING
