@@ -86,7 +86,8 @@ def _listed() -> Iterator[KnownCall]:
         yield KnownCall("torch." + name, pure)
     for name in words(
         "as_tensor asarray from_numpy einsum broadcast_tensors atleast_1d atleast_2d atleast_3d cartesian_prod "
-        "chain_matmul meshgrid split unsafe_chunk unsafe_split unsafe_split_with_sizes stft istft dequantize nn.Parameter"
+        "chain_matmul meshgrid split unsafe_chunk unsafe_split unsafe_split_with_sizes stft istft "
+        "dequantize nn.Parameter"
     ):
         yield KnownCall("torch." + name, view, aliases=EVERY)
     for name in words(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,6 +164,45 @@ def test_every_row_with_a_schema_keeps_what_it_claims() -> None:
                     break
     assert not broken, "\n".join(broken)
     assert len(checked) > 600
+
+
+IMAGE = (torch.rand(2, 3, 4, 4),)
+ROWS = (torch.rand(3, 4),)
+LISTED: dict[str, tuple[Any, ...]] = {
+    **{name: IMAGE for name in ("normalize", "dropout2d", "instance_norm")},
+    **{
+        name: (*IMAGE, 2)
+        for name in ("local_response_norm", "max_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d")
+    },
+    **{name: (*IMAGE, 4) for name in ("interpolate", "upsample")},
+    **{name: ROWS for name in ("softmin", "softsign", "tanhshrink", "logsigmoid", "gumbel_softmax", "relu", "silu")},
+    **{name: (*ROWS, 0.5, False) for name in ("dropout", "alpha_dropout")},
+    "lp_pool2d": (*IMAGE, 2.0, 2),
+    "rrelu": (*ROWS, 0.1, 0.3, False),
+    "pad": (*ROWS, (0, 0)),
+    "cross_entropy": (*ROWS, torch.tensor([0, 1, 2])),
+    "gaussian_nll_loss": (*ROWS, torch.rand(3, 4), torch.rand(3, 4)),
+    "batch_norm": (*ROWS, torch.zeros(4), torch.ones(4), None, None, True),
+    "linear": (*ROWS, torch.rand(5, 4)),
+    "embedding": (torch.tensor([0, 1]), torch.rand(3, 4)),
+    "multilabel_soft_margin_loss": (*ROWS, torch.ones(3, 4)),
+}
+"""Functions of `torch.nn.functional` that have no schema of their own name, with arguments."""
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_rows_without_a_schema_keep_what_they_claim(name: str) -> None:
+    arguments = [each.clone() if _is_tensor(each) else each for each in LISTED[name]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert broken_claim(known_target(f"torch.nn.functional.{name}"), arguments) is None
+
+
+def test_the_check_of_claims_can_fail() -> None:
+    wrong = {"add_": "changed {0}", "view": "shares storage with {0}"}
+    for name, complaint in wrong.items():
+        row = replace(known_target(f"torch.Tensor.{name}"), mutates=(), aliases=())
+        assert broken_claim(row, [torch.rand(4), 4]) == complaint
 
 
 TENSOR = torch.rand(3, 4)
