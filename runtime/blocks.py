@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never, cast
 
 from nnsight_compiler.ir.errors import IRError
-from nnsight_compiler.ir.ops import AnyOp, Break, Continue, Emit, Op, Parameter, Region, Unpack, Yield
+from nnsight_compiler.ir.ops import AnyOp, Break, Continue, Emit, Global, Load, Op, Parameter, Region, Unpack, Yield
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, used, walk
@@ -83,11 +83,19 @@ class Blocks(Expressions):
     # --- functions ---
 
     def define(
-        self, name: str, title: str, parameters: Sequence[Parameter], body: Region, span: Span, generator: bool = False
+        self,
+        name: str,
+        title: str,
+        parameters: Sequence[Parameter],
+        body: Region,
+        span: Span,
+        captured: Iterable[Value] = (),
+        generator: bool = False,
     ) -> ast.FunctionDef:
         """A `def` whose parameters have no defaults yet; tracebacks call it by its title."""
         self.titles[name] = title
-        scope = Scope(frozenset(self.names[parameter.value] for parameter in parameters), {}, {})
+        identifiers = frozenset(self.names[parameter.value] for parameter in parameters)
+        scope = Scope(identifiers, frozenset(value.name for value in captured), {}, {})
         self.scopes.append(scope)
         exits, self.exits = self.exits, Exits()
         statements = self.block(body.ops)
@@ -164,7 +172,8 @@ class Blocks(Expressions):
                 locate(made, op.span)
                 (value,) = defined(op)
                 single = self.uses[value.name] == 1 and value.name in here
-                if single and (value.name.isdecimal() or value.name in handed_over):
+                glue = value.name.isdecimal() or isinstance(op, Global | Load) or value.name in handed_over
+                if single and glue:
                     pending.append(Pending(value, made, depth + 1, op.span))
                     continue
                 made = [self._keep(value, made, op.span)]

@@ -11,7 +11,7 @@ from nnsight_compiler.ir.values import Operand
 from nnsight_compiler.runtime.blocks import Blocks, Exits
 from nnsight_compiler.runtime.expressions import Scope
 from nnsight_compiler.runtime.regions import breaks, captured, continues_through_finally, yields
-from nnsight_compiler.runtime.trees import call, function, load, locate, plain_arguments
+from nnsight_compiler.runtime.trees import call, function, load, locate, place, plain_arguments, reads
 
 
 class Control(Blocks):
@@ -40,8 +40,13 @@ class Control(Blocks):
         carried = tuple(parameters)
         if continues_through_finally(op.body):
             carried = tuple(self.names.temporary(value.name) for value in parameters)
-        statements = self.assign(carried, op.initial, op.span)
         iterable = self.operand(op.iterable, op.span)
+        statements: list[ast.stmt] = []
+        if reads(iterable, {place(self.target(value)) for value in carried}):
+            kept = self.names.fresh("items")
+            statements = [ast.Assign(targets=[ast.Name(kept, ast.Store())], value=iterable)]
+            iterable = load(kept)
+        statements += self.assign(carried, op.initial, op.span)
         target, ops = self.target(item), op.body.ops
         if ops and isinstance(ops[0], Unpack) and ops[0].value == item and self.uses[item.name] == 1:
             target, ops = locate(self.pattern(ops[0]), ops[0].span), ops[1:]
@@ -119,7 +124,8 @@ class Control(Blocks):
         own = {self.names[parameter.value] for parameter in op.parameters}
         handed: dict[str, str] = {}
         given: list[ast.expr] = []
-        for value in captured(op):
+        around = captured(op)
+        for value in around:
             found = self.variable(value, op.span)
             hides = isinstance(found, ast.Name) and found.id in own
             if hides or (self.rebound(value) and not self.was_handed(value)):
@@ -128,16 +134,16 @@ class Control(Blocks):
         defaults = [locate(self.operand(default, op.span), op.span) for default in op.defaults]
         name, after = self.named_target(op.result)
         inner = self.names.fresh(name) if handed else name
-        self.scopes.append(Scope(frozenset(handed.values()), {}, handed))
-        made = self.define(inner, op.name, op.parameters, op.body, op.span, op.generator)
+        self.scopes.append(Scope(frozenset(handed.values()), frozenset(), {}, handed))
+        made = self.define(inner, op.name, op.parameters, op.body, op.span, around, op.generator)
         self.scopes.pop()
         self._give_defaults(made.args, op, defaults)
         if not handed:
             return [made, *after]
         maker = self.names.fresh(f"make_{name}")
-        around = function(maker, plain_arguments(list(handed.values())), [made, ast.Return(value=load(inner))])
+        making = function(maker, plain_arguments(list(handed.values())), [made, ast.Return(value=load(inner))])
         kept = ast.Assign(targets=[self.target(op.result)], value=call(maker, *given))
-        return [around, kept]
+        return [making, kept]
 
     def _give_defaults(self, arguments: ast.arguments, op: Closure, defaults: list[ast.expr]) -> None:
         by_name = [parameter for parameter in op.parameters if parameter.kind == "keyword_only"]

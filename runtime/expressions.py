@@ -50,10 +50,12 @@ class Scope:
 
     parameters: the identifiers of its parameters, which hide globals of the same name.
     declared: the names that it assigns, with where they belong: `global` or `free`.
+    captured: the names of the values that it takes from the function around it.
     handed: identifiers of values that it was given as parameters, by the values' names.
     """
 
     parameters: frozenset[str]
+    captured: frozenset[str]
     declared: dict[str, str]
     handed: dict[str, str]
 

@@ -10,18 +10,20 @@ from collections.abc import Iterable
 from nnsight_compiler.ir.ops import Closure, Global, SetGlobal
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.values import Value
+from nnsight_compiler.runtime.regions import stem
+from nnsight_compiler.runtime.variables import shared_variables
 
-_SUFFIX = re.compile(r"(\.\d+)+$")
 _FORBIDDEN = frozenset([*keyword.kwlist, *keyword.softkwlist, *dir(builtins)])
 
 
 def signature_name(value: Value) -> str:
     """The name under which callers know a parameter: the value's name without the suffix that makes it unique."""
-    return _SUFFIX.sub("", value.name)
+    return stem(value.name)
 
 
 class Names:
-    """Gives each value of a program an identifier of its own: `h` for `h`, `h_1` for `h.1`, `v0` for `0`.
+    """Gives each value of a program an identifier: `h` for `h`, `h_1` for `h.1`, `v0` for `0`. Values that can share a
+    variable (see `variables`) have one identifier, all others have their own.
 
     Parameters keep the names by which callers may pass them, so two closures can both have an `x`. No other value
     gets the name of a parameter, of a global or free variable that the program mentions, of a builtin, a keyword, or
@@ -46,6 +48,11 @@ class Names:
             if name.isidentifier() and not keyword.iskeyword(name):
                 self._found[parameter.value.name] = name
                 self._taken.add(name)
+
+        for group in shared_variables(program):
+            known = next((self._found[name] for name in group if name in self._found), None)
+            identifier = self.fresh(stem(group[0])) if known is None else known
+            self._found.update(dict.fromkeys(group, identifier))
 
     def __getitem__(self, value: Value) -> str:
         """The identifier of a value."""

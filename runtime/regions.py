@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from nnsight_compiler.ir.ops import Break, Closure, Continue, For, Op, Region, Steps, Try, While, Yield
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import defined, regions, used, walk
 from nnsight_compiler.ir.values import Value
+
+_SUFFIX = re.compile(r"(\.\d+)+$")
+
+
+def stem(name: str) -> str:
+    """A value's name without the suffix that makes it unique."""
+    return _SUFFIX.sub("", name)
 
 
 def breaks(region: Region) -> bool:

@@ -14,6 +14,7 @@ evaluates everything in the order of the ops. Every node carries the position of
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from typing import assert_never
 
 from nnsight_compiler.ir.errors import IRError
@@ -65,7 +66,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.runtime import support
 from nnsight_compiler.runtime.control import Control
-from nnsight_compiler.runtime.trees import BINARY
+from nnsight_compiler.runtime.trees import BINARY, load, place, reads
 
 
 class Statements(Control):
@@ -79,10 +80,12 @@ class Statements(Control):
         """An op as an expression, where it only computes its result, else as statements."""
         span = op.span
         match op:
-            case Load() if self.looks_first(op):
-                return self._checked(op.result, self.expression(op, span), op.name, span)
+            case Load(cell=cell) if self.looks_first(op):
+                outside = isinstance(cell, Value) and cell.name in self.scopes[-1].captured
+                error = support.unbound_free if outside else support.unbound
+                return self._checked(op.result, self.expression(op, span), op.name, error, span)
             case Bound(result=result, value=value, name=name):
-                return self._checked(result, self.operand(value, span), name, span)
+                return self._checked(result, self.operand(value, span), name, support.unbound, span)
             case Operator(in_place=True):
                 return self._augmented(op)
             case Global() | Cell() | Load() | Attribute() | Item() | Build() | Format() | Operator() | Call():
@@ -148,30 +151,33 @@ class Statements(Control):
             case _:
                 assert_never(op)
 
-    def _checked(self, result: Value, value: ast.expr, name: str, span: Span) -> list[ast.stmt]:
+    def _checked(
+        self, result: Value, value: ast.expr, name: str, error: Callable[[str], NameError], span: Span
+    ) -> list[ast.stmt]:
         """Keeps a variable's value, if it has one."""
         target = self.target(result)
-        kept = ast.Assign(targets=[target], value=value)
-        empty = ast.Compare(
-            left=self.reference(result, span),
-            ops=[ast.Is()],
-            comparators=[self.constant("UNBOUND", support.UNBOUND)],
-        )
-        error = ast.Call(func=self.constant("unbound", support.unbound), args=[ast.Constant(name)], keywords=[])
-        return [kept, ast.If(test=empty, body=[ast.Raise(exc=error, cause=None)], orelse=[])]
+        kept: list[ast.stmt] = [ast.Assign(targets=[target], value=value)] if place(value) != place(target) else []
+        nothing = self.constant("UNBOUND", support.UNBOUND)
+        empty = ast.Compare(left=self.reference(result, span), ops=[ast.Is()], comparators=[nothing])
+        made = ast.Call(func=self.constant(error.__name__, error), args=[ast.Constant(name)], keywords=[])
+        return [*kept, ast.If(test=empty, body=[ast.Raise(exc=made, cause=None)], orelse=[])]
 
     def _augmented(self, op: Operator) -> list[ast.stmt]:
         left, right = (self.operand(operand, op.span) for operand in op.operands)
         if op.operator not in BINARY:
             raise IRError(f"{op.span}: {op.operator!r} has no augmented assignment")
-        sign = BINARY[op.operator]()
-        target = self.target(op.result)
-        changed = self.target(op.result)
+        target, changed = self.target(op.result), self.target(op.result)
         assert isinstance(changed, ast.Name | ast.Attribute | ast.Subscript)
-        return [
-            ast.Assign(targets=[target], value=left),
-            ast.AugAssign(target=changed, op=sign, value=right),
-        ]
+        kept: list[ast.stmt] = []
+        if place(left) != place(target):
+            if reads(right, {place(target)}):
+                name = self.names.fresh("change")
+                both = ast.Tuple(elts=[target, ast.Name(name, ast.Store())], ctx=ast.Store())
+                kept = [ast.Assign(targets=[both], value=ast.Tuple(elts=[left, right], ctx=ast.Load()))]
+                right = load(name)
+            else:
+                kept = [ast.Assign(targets=[target], value=left)]
+        return [*kept, ast.AugAssign(target=changed, op=BINARY[op.operator](), value=right)]
 
     def _set_global(self, op: SetGlobal) -> list[ast.stmt]:
         value = self.operand(op.value, op.span)

@@ -32,3 +32,10 @@ class Cell:
 def unbound(name: str) -> UnboundLocalError:
     """Python's error for reading a local variable that has no value."""
     return UnboundLocalError(f"cannot access local variable '{name}' where it is not associated with a value")
+
+
+def unbound_free(name: str) -> NameError:
+    """Python's error for reading a variable of the function around it that has no value."""
+    return NameError(
+        f"cannot access free variable '{name}' where it is not associated with a value in enclosing scope", name=name
+    )

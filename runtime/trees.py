@@ -220,9 +220,8 @@ def _operands(op: AnyOp) -> Iterator[Operand]:
                 yield argument.value
                 if argument.star:
                     return
-        case For():
-            yield from op.initial
-            yield op.iterable
+        case For(iterable=value):
+            yield value
         case While(initial=values) | Yield(values=values) | Break(values=values) | Continue(values=values):
             yield from values
         case Raise(exception=exception, cause=cause):

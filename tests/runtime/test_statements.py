@@ -106,7 +106,7 @@ def operators(log: Log, n: int) -> Any:
     items = [1]
     same = items
     items += [n]
-    return x, items is same, items, -n, +n, ~n, not n, n @ 2 if n > 100 else 0, -1**2, 2**-1, -0.0
+    return x, items is same, items, -n, +n, ~n, not n, n @ 2 if n > 100 else 0, -(1**2), 2**-1, -0.0
 
 
 def comparisons(log: Log, n: int) -> Any:
@@ -138,7 +138,7 @@ def strings(log: Log, n: int) -> Any:
         f"{n=}",
         f"",  # noqa: F541
         f"{x!r:.{2}}"[:0],
-        "a" "b",
+        "ab",
     )
 
 
@@ -288,8 +288,8 @@ def finally_wins(log: Log, n: int) -> Any:
             return log("no", i)
         finally:
             if i == n:
-                break
-            continue
+                break  # noqa: B012
+            continue  # noqa: B012
     return "left"
 
 
@@ -307,7 +307,7 @@ def catches(log: Log, n: int) -> Any:
             result = i
         except IndexError:
             log("index")
-        except (KeyError, TypeError if n else OSError) as error:
+        except (KeyError, TypeError if n else OSError) as error:  # noqa: B030
             log(str(error), type(error))
             result = "key"
         except ValueError as error:
@@ -369,7 +369,7 @@ def closures(log: Log, n: int) -> Any:
         j = i * n
 
         def add(x: int, *rest: int, k: int = i, y: int = j, **more: int) -> Any:
-            return x + i + j + k + y + sum(rest) + len(more)
+            return x + i + j + k + y + sum(rest) + len(more)  # noqa: B023
 
         made.append(add)
         made.append(lambda x, i=i: x + i + n)
@@ -397,7 +397,7 @@ def loop_variables_by_value(log: Log, n: int) -> Any:
     for i in range(n):
         square = i * i
         found.append((lambda: square)())
-        found.append(list(map(lambda x: x + square, range(2))))  # noqa: B023
+        found.append(list(map(lambda x: x + square, range(2))))
     return found
 
 
@@ -421,7 +421,7 @@ def comprehensions(log: Log, n: int) -> Any:
         {i % 2 for i in range(n + 2)},
         {str(i): j for i in range(2) for j in range(i + n)},
         [[j * i for j in range(2)] for i in range(3)],
-        [f() for f in [lambda: k for k in range(3)]],
+        [f() for f in [lambda: k for k in range(3)]],  # noqa: B023
         [a + b for a, b in zip([1, 2], [3, 4], strict=True)],
     )
 
@@ -431,7 +431,8 @@ def globals_and_builtins(log: Log, n: int) -> Any:
     counter = counter + n
     import os.path
     import os.path as where
-    from math import floor, sqrt as root
+    from math import floor
+    from math import sqrt as root
 
     return setting, counter, len([n]), os.path.join("a", "b"), where.join("c"), floor(root(n + 7.5)), math.pi
 
@@ -450,7 +451,7 @@ def stars(log: Log, n: int) -> Any:
     def f(*a: Any, **k: Any) -> Any:
         return a, k
 
-    return f(log(1), *[log(2)], log(3), k=log(4), *(log(5),), **{"m": log(6)}, z=log(7))
+    return f(log(1), *[log(2)], log(3), k=log(4), *(log(5),), **{"m": log(6)}, z=log(7))  # noqa: B026
 
 
 def unpacking(log: Log, n: int) -> Any:
