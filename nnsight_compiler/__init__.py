@@ -1,0 +1,29 @@
+"""Experiments on the internals of neural networks, compiled to torch hooks."""
+
+from nnsight_compiler.block import UnsavedValueError
+from nnsight_compiler.compilation import save
+from nnsight_compiler.experiment import Experiment, intervene
+from nnsight_compiler.ir.errors import (
+    CompileError,
+    ExperimentError,
+    IRError,
+    ModelError,
+    RunError,
+    SourceNotFoundError,
+)
+from nnsight_compiler.models import LanguageModel, NNsight
+
+__all__ = [
+    "CompileError",
+    "Experiment",
+    "ExperimentError",
+    "IRError",
+    "LanguageModel",
+    "ModelError",
+    "NNsight",
+    "RunError",
+    "SourceNotFoundError",
+    "UnsavedValueError",
+    "intervene",
+    "save",
+]

@@ -6,7 +6,6 @@ are given a module; a helper whose source cannot be used stays one host op.
 
 from __future__ import annotations
 
-import builtins
 import math
 import sys
 from dataclasses import replace
@@ -173,7 +172,7 @@ class Calls:
                 fact = Known(len(held), f"len({text})")
                 return self._kept(op, function, arguments, "len", known_function(len), fact)
         kept = self._kept(op, function, arguments, "len", known_function(len))
-        kept.live = 0
+        kept.live, kept.at_run = 0, value.at_run and not isinstance(value.fact, Elements)
         if isinstance(value.fact, Elements):
             kept.loops |= value.fact.loops
         return kept
@@ -200,22 +199,27 @@ class Calls:
     def _held(self, op: ops.Call) -> list[tuple[Value, Abstract]]:
         return [(value, self.specialiser.scope[value]) for value in used(op)]
 
-    def emit_iteration(self, fact: Iteration, span: Span) -> Operand:
+    def emit_iteration(self, fact: Iteration, call: ops.Call) -> Operand:
         """The call that a transparent iterator stands for, emitted where the loop over it is kept."""
         scope, self.specialiser.scope = self.specialiser.scope, {**self.specialiser.scope, **fact.held}
         try:
-            function = self.specialiser.abstract(fact.call.function)
-            arguments = [(argument, self.specialiser.abstract(argument.value)) for argument in fact.call.arguments]
+            function = self.specialiser.abstract(call.function)
+            arguments = [(argument, self.specialiser.abstract(argument.value)) for argument in call.arguments]
             assert isinstance(function.fact, Known)
             known = known_function(function.fact.value)
-            kept = self._kept(fact.call, function, arguments, known.target if known else None, known)
+            kept = self._kept(call, function, arguments, known.target if known else None, known)
         finally:
             self.specialiser.scope = scope
         assert kept.operand is not None
         return kept.operand
 
     def _sequence(
-        self, op: ops.Call, function: Abstract, value: Any, base: Abstract, arguments: list[tuple[ops.Argument, Abstract]]
+        self,
+        op: ops.Call,
+        function: Abstract,
+        value: Any,
+        base: Abstract,
+        arguments: list[tuple[ops.Argument, Abstract]],
     ) -> Abstract | None:
         assert isinstance(function.fact, Known)
         self.specialiser.guards.rely_on_identity(function.fact)
@@ -313,11 +317,11 @@ class Calls:
                 items.extend(more)
             case "items", [] if container.kind == "dict" and items is not None:
                 pairs = zip(container.keys, items, strict=True)
-                return self.specialiser.tuple([self.specialiser.tuple([key, item]) for key, item in pairs])
+                return self.specialiser.pack([self.specialiser.pack([key, item]) for key, item in pairs])
             case "values", [] if container.kind == "dict" and items is not None:
-                return self.specialiser.tuple(list(items))
+                return self.specialiser.pack(list(items))
             case "keys", [] if container.kind == "dict" and items is not None:
-                return self.specialiser.tuple(list(container.keys))
+                return self.specialiser.pack(list(container.keys))
             case "index" | "count" | "copy" | "get", _:
                 pass
             case _:
@@ -336,7 +340,7 @@ class Calls:
             case SiteModule() | SiteCalls() | Tracer() | Function():
                 self.specialiser.fail(span, "only values can be saved, not modules", "save its `.output`")
             case Elements(kind="tuple", items=list() as items):
-                return self.specialiser.tuple([self.save(op, item) for item in items])
+                return self.specialiser.pack([self.save(op, item) for item in items])
             case Elements():
                 value.live = 0
                 return value
@@ -344,7 +348,7 @@ class Calls:
                 return value
         result = self.specialiser.builder.fresh(op.result.name)
         self.specialiser.emit(ops.Save(result, self.specialiser.use(value), span=span))
-        return Abstract(result, None, value.loops, 0, span)
+        return Abstract(result, None, value.loops, 0, span, value.at_run)
 
     # --- keeping and inlining ---
 
@@ -375,11 +379,12 @@ class Calls:
             sources.append(function.fact.receiver)
         loops = NO_LOOPS.union(*(source.loops for source in sources)) if sources else NO_LOOPS
         live = max((source.live for source in sources), default=0)
+        at_run = target in (None, MODULE_CALL) or any(source.at_run for source in sources)
         if target is None:
             live = min(live, 1)
         elif target == MODULE_CALL and self.specialiser.forward is not None:
             live = 2
-        return Abstract(result, fact, loops, live, span)
+        return Abstract(result, fact, loops, live, span, at_run)
 
     def _mentions(self, arguments: list[tuple[ops.Argument, Abstract]]) -> bool:
         """Whether a model or a module of one is among the arguments."""
@@ -393,7 +398,11 @@ class Calls:
         if not isinstance(function, FunctionType):
             return False
         top = (function.__module__ or "").partition(".")[0]
-        if top in sys.stdlib_module_names and top != "__main__" or top in ("torch", "transformers", "nnsight_compiler"):
+        if (top in sys.stdlib_module_names and top != "__main__") or top in (
+            "torch",
+            "transformers",
+            "nnsight_compiler",
+        ):
             return False
         if any(folder in function.__code__.co_filename for folder in ("site-packages", "dist-packages")):
             return False
@@ -428,14 +437,14 @@ class Calls:
         keyword_defaults = {name: constant_object(held) for name, held in (plain.__kwdefaults__ or {}).items()}
         if isinstance(function.fact, Known):
             self.specialiser.guards.rely_on_identity(function.fact)
-        scope: dict[Value, Abstract] = {}
         try:
             bound = self._bind(program.parameters, defaults, keyword_defaults, given, op.span)
-            return self._inline(program.body, dict(zip((p.value for p in program.parameters), bound, strict=True)), frame)
+            return self._inline(
+                program.body, dict(zip((p.value for p in program.parameters), bound, strict=True)), frame
+            )
         except CompileError:
             if must or _accesses(program):
                 raise
-            del scope
             return self._kept(op, function, arguments, None)
 
     def _receiver(self, function: Abstract, value: MethodType) -> Abstract:
@@ -472,9 +481,7 @@ class Calls:
                 raise
             return self._kept(op, function, arguments, None)
 
-    def _generated(
-        self, op: ops.Call, fact: Function, arguments: list[tuple[ops.Argument, Abstract]]
-    ) -> Abstract:
+    def _generated(self, op: ops.Call, fact: Function, arguments: list[tuple[ops.Argument, Abstract]]) -> Abstract:
         """A generator expression over the model: evaluated at once, into a list."""
         acts = self.specialiser.builder.fresh(fact.closure.name.strip("<>") or "items")
         span = self.specialiser.span(op)
@@ -581,7 +588,7 @@ class Calls:
                 else:
                     missing.append(name)
             elif parameter.kind == "var_positional":
-                filled[parameter.value], rest = self.specialiser.tuple(rest), []
+                filled[parameter.value], rest = self.specialiser.pack(rest), []
             elif parameter.kind == "var_keyword":
                 keys = [constant(name) for name in named]
                 elements = Elements("dict", list(named.values()), keys)
@@ -589,7 +596,9 @@ class Calls:
         if missing:
             self.specialiser.fail(span, f"missing arguments: {', '.join(missing)}")
         if rest or named:
-            self.specialiser.fail(span, f"too many arguments: {len(rest)} without a name, {', '.join(named) or 'none'} named")
+            self.specialiser.fail(
+                span, f"too many arguments: {len(rest)} without a name, {', '.join(named) or 'none'} named"
+            )
         return [filled[parameter.value] for parameter in parameters]
 
     def _mapping(self, elements: Elements, span: Span) -> Abstract:
@@ -667,6 +676,3 @@ def _hashable(value: object) -> bool:
 def _target(value: Any) -> str | None:
     known = known_function(value)
     return None if known is None else known.target
-
-
-__all__ = ["MODULE_CALL", "Calls", "Unreachable", "builtins"]

@@ -11,7 +11,6 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
-from nnsight_compiler.ir.values import Literal, Slice, Unbound, Value
+from nnsight_compiler.ir.values import Literal, Module, Slice, Value
 from nnsight_compiler.passes.apply import Calls
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -69,7 +68,7 @@ class Evaluator:
 
     # --- names ---
 
-    def name(self, op: ops.Global) -> Abstract:
+    def read_name(self, op: ops.Global) -> Abstract:
         frame = self.specialiser.frame
         if op.scope == "free":
             return self._free(op)
@@ -190,7 +189,7 @@ class Evaluator:
         if isinstance(base.fact, Elements) and base.operand is None:
             self.specialiser.use(base)
         self.specialiser.emit(ops.Attribute(result, self.specialiser.use(base), name, span=span))
-        return Abstract(result, None, base.loops, base.live, span)
+        return Abstract(result, None, base.loops, base.live, span, base.at_run)
 
     @staticmethod
     def _known_attribute(base: Known, name: str) -> Known | None:
@@ -217,7 +216,7 @@ class Evaluator:
         span = self.specialiser.span(op)
         if isinstance(raw, torch.Tensor):
             result = self.specialiser.builder.fresh(op.result.name)
-            operand = ops.Module(module.model, handle._path)
+            operand = Module(module.model, handle._path)
             self.specialiser.emit(ops.Attribute(result, operand, name, span=span))
             return Abstract(result, Method(base, name), span=span)
         try:
@@ -227,18 +226,18 @@ class Evaluator:
         if is_handle(found):
             return self._module_value(found, module, op.span)
         if isinstance(found, list) and all(map(is_handle, found)):
-            return self.specialiser.tuple([self._module_value(part, module, op.span) for part in found])
+            return self.specialiser.pack([self._module_value(part, module, op.span) for part in found])
         path = f"{module.text}._root._module.get_submodule({handle._path!r})"
         if callable(found):
             return Abstract(None, Method(base, name), span=op.span)
-        kept = self._keep_attribute(op, Abstract(ops.Module(module.model, handle._path), span=op.span), name)
+        kept = self._keep_attribute(op, Abstract(Module(module.model, handle._path), span=op.span), name)
         own_text = f"{module.text}.{name}" if not handle._path else f"{path}.{name}"
         kept.fact = Known(found, own_text)
         return kept
 
     def _module_value(self, handle: Any, parent: SiteModule, span: Span) -> Abstract:
         fact = SiteModule(handle, parent.model, parent.text)
-        return Abstract(ops.Module(parent.model, handle._path), fact, span=span)
+        return Abstract(Module(parent.model, handle._path), fact, span=span)
 
     def _of_tracer(self, op: ops.Attribute | ops.Read, base: Abstract, forward: Value, name: str) -> Abstract:
         if name in ("result", "output") and self.specialiser.forward is not None:
@@ -253,7 +252,7 @@ class Evaluator:
         result = self.specialiser.builder.fresh(op.result.name)
         span = self.specialiser.span(op)
         self.specialiser.emit(ops.Read(result, module, _port(port), call, span=span))
-        return Abstract(result, None, NO_LOOPS, 2, span)
+        return Abstract(result, None, NO_LOOPS, 2, span, True)
 
     def set_attribute(self, op: ops.SetAttribute | ops.Write, base: Abstract, name: str, value: Abstract) -> None:
         self.resolved(base)
@@ -261,9 +260,7 @@ class Evaluator:
         match base.fact:
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
                 module, call = self.specialiser.site(base, op.span)
-                self.specialiser.emit(
-                    ops.Write(module, _port(name), self.specialiser.use(value), call, span=span)
-                )
+                self.specialiser.emit(ops.Write(module, _port(name), self.specialiser.use(value), call, span=span))
                 return
             case SiteModule(handle=handle):
                 self.specialiser.fail(
@@ -279,7 +276,7 @@ class Evaluator:
 
     # --- items ---
 
-    def slice(self, lower: Abstract, upper: Abstract, step: Abstract) -> Abstract:
+    def make_slice(self, lower: Abstract, upper: Abstract, step: Abstract) -> Abstract:
         parts = (lower, upper, step)
         use = self.specialiser.use
         operand = Slice(use(lower), use(upper), use(step))
@@ -315,8 +312,9 @@ class Evaluator:
                     kept.fact = Known(held[key], f"{text}[{key_text or repr(key)}]" if text else None)
                 except (LookupError, TypeError):
                     kept.fact = None
-            case Elements(loops=loops), _:
-                kept.loops |= loops
+            case Elements() as container, _:
+                kept.loops |= container.loops
+                kept.at_run |= container.at_run
         return kept
 
     def _submodule(self, op: ops.Item, module: SiteModule, handle: Any, index: Abstract) -> Abstract:
@@ -330,8 +328,10 @@ class Evaluator:
                 "`print(model)` shows the tree of its modules",
             )
         if isinstance(key, slice) or isinstance(found, (list, tuple)):
-            self.specialiser.guards.add(f"{module.text}._root._module.get_submodule({handle._path!r})", "length", len(handle))
-            return self.specialiser.tuple([self._module_value(part, module, op.span) for part in found])
+            self.specialiser.guards.add(
+                f"{module.text}._root._module.get_submodule({handle._path!r})", "length", len(handle)
+            )
+            return self.specialiser.pack([self._module_value(part, module, op.span) for part in found])
         return self._module_value(found, module, op.span)
 
     def _element(self, op: ops.Item, base: Elements, items: list[Abstract], index: Abstract) -> Abstract | None:
@@ -350,7 +350,7 @@ class Evaluator:
             return None
         if isinstance(key, slice):
             part = items[key]
-            return self.specialiser.tuple(part) if base.kind == "tuple" else None
+            return self.specialiser.pack(part) if base.kind == "tuple" else None
         if not isinstance(key, int) or not -len(items) <= key < len(items):
             return None
         return items[key]
@@ -390,7 +390,7 @@ class Evaluator:
                 return Abstract(value.operand, None, value.loops, value.live, value.span)
         return value
 
-    def operator(self, op: ops.Operator) -> Abstract:
+    def apply(self, op: ops.Operator) -> Abstract:
         parts = [self.resolved(self.specialiser.abstract(operand)) for operand in op.operands]
         for part in parts:
             if isinstance(part.fact, Elements) and op.in_place:
@@ -410,7 +410,8 @@ class Evaluator:
         )
         loops = NO_LOOPS.union(*(part.loops for part in parts))
         live = 0 if plain else max(part.live for part in parts)
-        return Abstract(result, None if value is None else value.fact, loops, live, span)
+        at_run = any(part.at_run for part in parts)
+        return Abstract(result, None if value is None else value.fact, loops, live, span, at_run)
 
     def _folded(self, op: ops.Operator, parts: list[Abstract]) -> Abstract | None:
         """The result of an operator on known numbers and strings; `None` where it is not known, or raises."""
@@ -505,10 +506,10 @@ class Evaluator:
                 return list(items)
             case Iteration(kind="enumerate", bases=(base,), start=start):
                 items = self.iterate(base, span)
-                return [self.specialiser.tuple([constant(start + n), item]) for n, item in enumerate(items)]
+                return [self.specialiser.pack([constant(start + n), item]) for n, item in enumerate(items)]
             case Iteration(kind="zip", bases=bases):
                 columns = self._columns(bases, span)
-                return [self.specialiser.tuple(list(row)) for row in zip(*columns, strict=False)]
+                return [self.specialiser.pack(list(row)) for row in zip(*columns, strict=False)]
             case Iteration(kind="reversed", bases=(base,)):
                 return self.iterate(base, span)[::-1]
             case Iteration(kind="same", bases=(base,)):
@@ -553,7 +554,9 @@ class Evaluator:
         for index in range(length):
             result = self.specialiser.builder.fresh("item")
             operand = self.specialiser.use(base)
-            self.specialiser.emit(ops.Item(result, operand, Literal(index), span=self.specialiser.frame.override or span))
+            self.specialiser.emit(
+                ops.Item(result, operand, Literal(index), span=self.specialiser.frame.override or span)
+            )
             items.append(Abstract(result, None, base.loops, base.live, span))
         return items
 
@@ -578,6 +581,3 @@ def _port(name: str) -> ops.Port:
 
 def _is_config(value: object) -> bool:
     return any(kind.__name__ in ("PretrainedConfig", "PreTrainedConfig") for kind in type(value).__mro__)
-
-
-__all__ = ["Evaluator", "Unbound", "replace"]

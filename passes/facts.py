@@ -14,7 +14,7 @@ from types import CellType, FunctionType, ModuleType, NoneType
 from typing import Any, Protocol, TypeGuard
 from typing import Literal as OneOf
 
-from nnsight_compiler.ir.ops import Closure
+from nnsight_compiler.ir.ops import Call, Closure
 from nnsight_compiler.ir.span import NOWHERE, Span
 from nnsight_compiler.ir.values import Literal, Operand, Value
 
@@ -51,7 +51,9 @@ def immutable(value: object) -> bool:
     """Whether a value can never change: numbers, strings, ranges, and tuples of such."""
     if isinstance(value, tuple):
         return all(map(immutable, value))
-    return isinstance(value, SCALARS) or type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device")
+    return isinstance(value, SCALARS) or (
+        type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device")
+    )
 
 
 # --- facts ---
@@ -94,12 +96,14 @@ class Tracer:
 @dataclass(slots=True)
 class Elements:
     """A container that the program itself made, element by element known. `items` becomes `None` when it is no longer
-    followed; `loops` are then the loops whose unrolling would keep it known."""
+    followed; `loops` are then the loops whose unrolling would keep it known, and `at_run` tells whether it held values
+    that only a run gives."""
 
     kind: OneOf["tuple", "list", "dict"]
     items: list[Abstract] | None
     keys: list[Abstract] = field(default_factory=list)
     loops: frozenset[int] = NO_LOOPS
+    at_run: bool = False
 
     @property
     def mutable(self) -> bool:
@@ -111,6 +115,7 @@ class Elements:
             self.loops |= loops
             return
         items = self.items
+        self.at_run = any(item.at_run for item in items)
         if self.mutable:
             self.items, self.loops = None, self.loops | loops
         for item in items:
@@ -137,11 +142,16 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """`enumerate`, `zip`, `reversed`, `tqdm` of other values: transparent when iterated."""
+    """`enumerate`, `zip`, `reversed`, `tqdm` of other values: transparent when iterated.
+
+    call: the call that makes it, emitted only where the iterator itself is needed; `held` are the values it mentions.
+    """
 
     kind: OneOf["enumerate", "zip", "reversed", "same"]
     bases: tuple[Abstract, ...]
     start: int = 0
+    call: Call | None = None
+    held: Mapping[Value, Abstract] = field(default_factory=dict)
 
 
 Fact = Known | SiteModule | SiteCalls | Tracer | Elements | Method | Function | Iteration | None
@@ -154,6 +164,7 @@ class Abstract:
     operand: what stands for it in the specialised program; `None` where nothing can (a function that touches the model).
     loops: the rolled loops that it changes with.
     live: 2 where it is a value of the model that was not saved, 1 where only the run can tell, 0 where it is not.
+    at_run: whether it comes from a forward or from code that the compiler does not know, so that no unrolling helps.
     """
 
     operand: Operand | None
@@ -161,6 +172,7 @@ class Abstract:
     loops: frozenset[int] = NO_LOOPS
     live: int = 0
     span: Span = NOWHERE
+    at_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)

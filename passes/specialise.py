@@ -30,8 +30,9 @@ from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.traverse import defined, operands, rewrite, used, walk
-from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value, values_in
+from nnsight_compiler.ir.traverse import regions, rewrite, used, walk
+from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
+from nnsight_compiler.passes.apply import Unreachable
 from nnsight_compiler.passes.evaluate import Evaluator
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -41,11 +42,11 @@ from nnsight_compiler.passes.facts import (
     Function,
     Guard,
     Guards,
+    Iteration,
     Known,
     SiteCalls,
     SiteModule,
     Tracer,
-    constant,
 )
 
 MAX_ROUNDS = 100_000
@@ -217,27 +218,28 @@ class Specialiser:
             case Unbound():
                 return Abstract(operand)
             case Tuple(parts=parts):
-                return self.tuple([self.abstract(part) for part in parts])
+                return self.pack([self.abstract(part) for part in parts])
             case Slice(lower=lower, upper=upper, step=step):
-                return self.evaluate.slice(*map(self.abstract, (lower, upper, step)))
+                return self.evaluate.make_slice(*map(self.abstract, (lower, upper, step)))
             case Module():
                 raise AssertionError("a program is specialised once")
 
-    def tuple(self, parts: list[Abstract]) -> Abstract:
+    def pack(self, parts: list[Abstract]) -> Abstract:
         """A tuple of these values."""
         held = [part.operand for part in parts]
         operand = None if None in held else Tuple(tuple(part for part in held if part is not None))
         loops = NO_LOOPS.union(*(part.loops for part in parts))
         live = max((part.live for part in parts), default=0)
         span = next((part.span for part in parts if part.live == live), self.program.span)
-        return Abstract(operand, Elements("tuple", parts), loops, live, span)
+        return Abstract(operand, Elements("tuple", parts), loops, live, span, any(part.at_run for part in parts))
 
     def use(self, value: Abstract) -> Operand:
         """The operand by which the specialised program refers to a value."""
         if value.operand is None:
-            if isinstance(value.fact, Elements):
-                parts = value.fact.items or []
-                return Tuple(tuple(self.use(part) for part in parts))
+            if isinstance(value.fact, Iteration) and value.fact.call is not None:
+                return self.evaluate.calls.emit_iteration(value.fact, value.fact.call)
+            if isinstance(value.fact, Elements) and value.fact.kind == "tuple" and value.fact.items is not None:
+                return Tuple(tuple(map(self.use, value.fact.items)))
             self.fail(value.span, "this touches the model and cannot be handed on as a value", "call it by name here")
         return value.operand
 
@@ -260,12 +262,13 @@ class Specialiser:
         loops = NO_LOOPS.union(*(source.loops for source in sources)) if sources else NO_LOOPS
         if live is None:
             live = max((source.live for source in sources), default=0)
+        at_run = any(source.at_run for source in sources)
         span = self.span(op)
         made: list[Abstract] = []
 
         def result(value: Value) -> Value:
             new = self.builder.fresh(value.name)
-            made.append(Abstract(new, fact, loops, live, span))
+            made.append(Abstract(new, fact, loops, live, span, at_run))
             self.scope[value] = made[-1]
             return new
 
@@ -290,7 +293,7 @@ class Specialiser:
         loops = value.loops
         if isinstance(value.fact, Elements):
             loops |= value.fact.loops
-        if loops - self.decisions.unroll:
+        if loops - self.decisions.unroll and not value.at_run:
             raise Undecided(unroll=loops)
         related = ((value.span, "it is made here"),) if value.span.line else ()
         self.fail(
@@ -300,9 +303,7 @@ class Specialiser:
             related,
         )
 
-    def fail(
-        self, span: Span, reason: str, way_out: str = "", related: tuple[tuple[Span, str], ...] = ()
-    ) -> NoReturn:
+    def fail(self, span: Span, reason: str, way_out: str = "", related: tuple[tuple[Span, str], ...] = ()) -> NoReturn:
         raise CompileError([Diagnostic(self.frame.override or span, reason, way_out, related)])
 
     def access(self, span: Span) -> Forwarding:
@@ -318,7 +319,7 @@ class Specialiser:
         for identity, condition in self.conditions:
             if isinstance(condition.fact, Known):
                 raise Undecided(fold=frozenset({identity}))
-            if condition.loops and not condition.live:
+            if condition.loops and not condition.at_run:
                 raise Undecided(unroll=condition.loops)
         return self.forward
 
@@ -346,7 +347,10 @@ class Specialiser:
     def region(self, region: Region) -> Completion:
         """Interprets the ops of a region in place."""
         for op in region.ops:
-            completion = self.op(op)
+            try:
+                completion = self.op(op)
+            except Unreachable:
+                return Completion("never")
             if completion is not None:
                 return completion
         return END
@@ -355,7 +359,7 @@ class Specialiser:
     def kept(self, owner: Op, loop: bool = False) -> Iterator[list[Op]]:
         """Opens a region of the specialised program. Containers that code in it may change are no longer followed."""
         loops = frozenset({id(owner)}) if loop else NO_LOOPS
-        for op in (inner for part in _regions(owner) for inner in walk(part)):
+        for op in (inner for part in regions(owner) for inner in walk(part)):
             for value in used(op):
                 held = self.scope.get(value)
                 if held is not None and isinstance(held.fact, Elements):
@@ -371,7 +375,7 @@ class Specialiser:
         """Interprets one op; a completion where control leaves the region."""
         match op:
             case ops.Global():
-                self.scope[op.result] = self.evaluate.name(op)
+                self.scope[op.result] = self.evaluate.read_name(op)
             case ops.Attribute():
                 self.scope[op.result] = self.evaluate.attribute(op, self.abstract(op.object), op.name)
             case ops.Read():
@@ -379,7 +383,7 @@ class Specialiser:
             case ops.Item():
                 self.scope[op.result] = self.evaluate.item(op)
             case ops.Operator():
-                self.scope[op.result] = self.evaluate.operator(op)
+                self.scope[op.result] = self.evaluate.apply(op)
             case ops.Call():
                 self.scope[op.result] = self.evaluate.calls.call(op)
             case ops.Build():
@@ -388,9 +392,9 @@ class Specialiser:
                 self.evaluate.unpack(op)
             case ops.Bound():
                 value = self.abstract(op.value)
-                if isinstance(value.operand, Value) and value.live == 0 and value.fact is None:
-                    self.keep(op)
-                elif isinstance(value.operand, Unbound):
+                if (isinstance(value.operand, Value) and value.live == 0 and value.fact is None) or isinstance(
+                    value.operand, Unbound
+                ):
                     self.keep(op)
                 else:
                     self.scope[op.result] = value
@@ -531,7 +535,8 @@ class Specialiser:
             live = max((source.live for source in sources), default=0)
             span = next((source.span for source in sources if source.live == live), self.program.span)
             all_loops = loops.union(*(source.loops for source in sources))
-            self.scope[value] = Abstract(new, None, all_loops, live, span)
+            at_run = any(source.at_run for source in sources)
+            self.scope[value] = Abstract(new, None, all_loops, live, span, at_run)
             for source in sources:
                 if isinstance(source.fact, Elements):
                     source.fact.forget()
@@ -576,9 +581,7 @@ class Specialiser:
         orelse = None if op.orelse is None else self.loop_exit(op, op.orelse, ends)
         results = self.joined(op.results, [*ends, Completion("yield", initial)], frozenset({id(op)}))
         made = Region(parameters, body)
-        self.emit(
-            ops.For(results, self.use(iterable), tuple(map(self.use, initial)), made, orelse, span=self.span(op))
-        )
+        self.emit(ops.For(results, self.use(iterable), tuple(map(self.use, initial)), made, orelse, span=self.span(op)))
         return None
 
     def loop_body(
@@ -592,7 +595,9 @@ class Specialiser:
         for value in carried:
             if isinstance(value.fact, Elements):
                 value.fact.forget(loops)
-            held.append(Abstract(None, None, loops | value.loops, max(value.live, 1 if self.forward else 0), value.span))
+            held.append(
+                Abstract(None, None, loops | value.loops, max(value.live, 1 if self.forward else 0), value.span)
+            )
         for value, abstract in zip(region.parameters, held, strict=True):
             abstract.operand = self.builder.fresh(value.name)
             self.scope[value] = abstract
@@ -776,14 +781,5 @@ class Specialiser:
         return Abstract(result, fact, span=self.span(op))
 
 
-def _regions(op: Op) -> Iterator[Region]:
-    from nnsight_compiler.ir.traverse import regions
-
-    return regions(op)
-
-
 def _touches_model(region: Region) -> bool:
     return any(isinstance(op, (ops.Read, ops.Write, ops.Save)) for op in walk(region))
-
-
-__all__ = ["Decisions", "Specialised", "Subject", "constant", "defined", "operands", "specialise", "values_in"]

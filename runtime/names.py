@@ -61,6 +61,10 @@ class Names:
             found = self._found[value.name] = self.fresh(value.name)
         return found
 
+    def give(self, value: Value, identifier: str) -> None:
+        """Gives a value this identifier, which the caller keeps free of other meanings."""
+        self._found[value.name] = identifier
+
     def fresh(self, hint: str) -> str:
         """An identifier that nothing else has, close to the hint."""
         stem = re.sub(r"\W", "_", hint) or "v"

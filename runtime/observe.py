@@ -61,7 +61,7 @@ class Observation:
 
     events: tuple[Event, ...]
     calls: Mapping[str, int]
-    how: OneOf["fake", "real"]
+    how: OneOf["fake", "real", "registered"]
     reason: str = ""
     kind: Mapping[Event, Kind] = field(default_factory=dict)
     shape: Mapping[Event, TensorType | None] = field(default_factory=dict)
@@ -281,3 +281,19 @@ def _generators_kept(module: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         if numpy_random is not None:
             numpy_random.set_state(numpy_state)
+
+
+def registered(module: nn.Module) -> Observation:
+    """The order in which modules are registered, each running once: what is assumed where no forward was observed."""
+    events: list[Event] = []
+
+    def visit(part: nn.Module, path: str, seen: set[nn.Module]) -> None:
+        seen.add(part)
+        events.append(Event(path, "input", 0))
+        for name, child in part.named_children():
+            if child not in seen:
+                visit(child, f"{path}.{name}" if path else name, seen)
+        events.append(Event(path, "output", 0))
+
+    visit(module, "", set())
+    return Observation(tuple(events), {event.path: 1 for event in events}, "registered")

@@ -128,7 +128,7 @@ class Closures(Strings):
             else:
                 innermost()
 
-        self.iterate(iterable, carried, body, self.span(first), target_name(first.target))
+        self.iterate(iterable, carried, body, self.span(first.iter), target_name(first.target))
 
     def generator(self, node: cst.GeneratorExp, hint: str) -> Operand:
         """A closure that is called once, with its first iterable."""

@@ -56,7 +56,6 @@ class LoopFrame:
     carried: list[Variable]
     unsure: set[Variable] = field(default_factory=set)
     unsure_at_break: set[Variable] = field(default_factory=set)
-    broken: bool = False
 
 
 class Lowering(ABC):
@@ -273,7 +272,7 @@ class Lowering(ABC):
     def loop_exit(
         self, frame: LoopFrame, before: Environment, orelse: Callable[[], None] | None, span: Span
     ) -> Region | None:
-        """The `else` of a loop. What may be unassigned where the loop ends is in `frame.unsure` afterwards."""
+        """The `else` of a loop. What follows a loop counts as reachable. What may be unassigned where the loop ends is in `frame.unsure` afterwards."""
         unsure_at_head, frame.unsure = frame.unsure, frame.unsure_at_break
         if orelse is None:
             frame.unsure |= unsure_at_head
@@ -286,7 +285,7 @@ class Lowering(ABC):
                 held = self.held(frame.carried)
                 frame.unsure |= {each for each, value in zip(frame.carried, held, strict=True) if self.is_unsure(value)}
                 self.builder.emit(Yield(held, span=span))
-        self.alive = self.alive or frame.broken
+        self.alive = True
         return Region(tuple(parameters), tuple(ops))
 
     def loop_results(self, frame: LoopFrame, before: Environment, start: int) -> tuple[Value, ...]:
@@ -302,7 +301,6 @@ class Lowering(ABC):
         held = self.held(frame.carried)
         unsure = {variable for variable, value in zip(frame.carried, held, strict=True) if self.is_unsure(value)}
         if word == "break":
-            frame.broken = True
             frame.unsure_at_break |= unsure
             self.builder.emit(Break(held, span=span))
         else:

@@ -196,8 +196,6 @@ class Statements(Expressions):
         frame.unsure = set() if endless else unsure
         orelse = self.loop_exit(frame, before, None if endless else self.loop_else(node), span)
         results = self.loop_results(frame, before, start)
-        if endless:
-            self.alive = frame.broken
         self.builder.emit(While(results, initial, test, body, orelse, span=span))
 
     def loop_else(self, node: cst.For | cst.While) -> Callable[[], None] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -12,6 +13,9 @@ from nnsight_compiler.models.view import ModuleView, describe
 
 if TYPE_CHECKING:
     from nnsight_compiler.block import Trace
+
+_tokens = itertools.count()
+"""Numbers wrapped models, so that what was compiled for one is never taken for another's."""
 
 GENERATION_ARGUMENTS = frozenset(
     {
@@ -35,6 +39,7 @@ class NNsight(ModuleView):
     """
 
     _wrapped: nn.Module
+    _token: int
 
     def __init__(self, module: nn.Module) -> None:
         if isinstance(module, ModuleView):
@@ -43,6 +48,7 @@ class NNsight(ModuleView):
             raise ModelError(f"a torch.nn.Module is needed, not {type(module).__name__}")
         super().__init__(self, "")
         self._wrapped = module
+        self._token = next(_tokens)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):

@@ -1,0 +1,194 @@
+"""Undecorated traces: `with model.trace(…):` in a script, a notebook cell or a function.
+
+On entering the `with`, its source is found, compiled and run, and what it assigned goes back into the frame around it.
+Python itself must then not run the body: a trace function raises at its first line, and the `with` swallows that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dis
+import sys
+import threading
+from dataclasses import dataclass
+from types import CodeType, FrameType, TracebackType
+from typing import Any, NoReturn, final
+
+from nnsight_compiler.compilation import Compiled
+from nnsight_compiler.experiment import Cache
+from nnsight_compiler.frontend import Block, lower_block
+from nnsight_compiler.ir.errors import ExperimentError
+from nnsight_compiler.ir.span import Span
+from nnsight_compiler.runtime.sites import holds_tensor
+from nnsight_compiler.runtime.support import UNBOUND
+
+
+class _Skip(BaseException):
+    """Raised at the first line of a body that has been run already."""
+
+
+class UnsavedValueError(ExperimentError):
+    """A value of the model that was not saved, used after its trace."""
+
+
+@final
+class Unsaved:
+    """Stands for a value of the model that was not saved: any use of it raises, naming the line that made it."""
+
+    __slots__ = ("_name", "_span")
+
+    def __init__(self, name: str, span: Span) -> None:
+        object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "_span", span)
+
+    def __repr__(self) -> str:
+        return f"<unsaved value `{self._name}` of {self._span}>"
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise UnsavedValueError(
+            f"{self._span}: `{self._name}` is a value of the model that was not saved, so it is gone after the trace\n"
+            f"  way out: save it where it is made: `{self._name} = ….save()`"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_repr_") or name.startswith("_ipython_") or name == "__torch_function__":
+            raise AttributeError(name)
+        self._refuse()
+
+
+for _name in (
+    "__setattr__", "__getitem__", "__setitem__", "__delitem__", "__len__", "__iter__", "__contains__", "__call__",
+    "__bool__", "__float__", "__int__", "__index__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__",
+    "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__matmul__",
+    "__rmatmul__", "__pow__", "__neg__", "__abs__", "__and__", "__or__", "__xor__", "__invert__", "__array__",
+    "__iadd__", "__isub__", "__imul__", "__itruediv__", "__hash__", "__format__", "__mod__", "__floordiv__",
+):  # fmt: skip
+    setattr(Unsaved, _name, Unsaved._refuse)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """An undecorated block of some code, with what it was compiled to."""
+
+    block: Block
+    cache: Cache
+
+
+_sites: dict[tuple[CodeType, int, int], _Site] = {}
+_lock = threading.Lock()
+
+
+@final
+class Trace:
+    """What `model.trace(…)` returns. It runs when a `with` enters it; alone it does nothing."""
+
+    def __init__(self, model: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model, self._method, self._args, self._kwargs = model, method, args, kwargs
+        self._entered = False
+        self._before: tuple[Any, Any, bool] | None = None
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnsight_compiler."):
+            frame = frame.f_back
+        if not _opens_with(frame):
+            raise ExperimentError(
+                f"{frame.f_code.co_filename}:{frame.f_lineno}: `.{method}(…)` without `with` runs nothing\n"
+                f"  way out: write `with model.{method}(…):` and the body below it; for a plain run, call the model"
+            )
+
+    def __enter__(self) -> Trace:
+        if self._entered:
+            raise ExperimentError("a trace runs once: write `model.trace(…)` in the `with` itself")
+        self._entered = True
+        frame = sys._getframe(1)
+        site = _site(frame)
+        values, given = self._arguments(site, frame)
+        compiled = site.cache.get(values, given, None)
+        results = compiled.plan.run(*values)
+        exported = _exported(site.block, compiled, results)
+        self._skip(frame, site.block, exported)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if self._before is not None:
+            frame = sys._getframe(1)
+            tracing, local, opcodes = self._before
+            frame.f_trace, frame.f_trace_opcodes = local, opcodes
+            self._before = None
+            sys.settrace(tracing)
+        return kind is _Skip
+
+    def _arguments(self, site: _Site, frame: FrameType) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The values of the block's parameters: the trace's own, then what the block reads from the frame."""
+        names = site.cache.names
+        held = frame.f_locals
+        reads = [held[name] if name in held else UNBOUND for name in site.block.reads]
+        values = (self._model, self._args, dict(self._kwargs), *reads)
+        given = {name: value for name, value in zip(names, values, strict=True) if value is not UNBOUND}
+        return values, given
+
+    def _skip(self, frame: FrameType, block: Block, exported: dict[str, Any]) -> None:
+        """Hands over what the block assigned, and has Python leave the body at its first line."""
+        _write(frame, exported)
+        self._before = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
+
+        def leave(frame: FrameType, event: str, argument: Any) -> Any:
+            if event not in ("line", "opcode"):
+                return leave
+            raise _Skip
+
+        frame.f_trace = leave
+        frame.f_trace_opcodes = block.same_line
+        sys.settrace(lambda *_: None)
+
+
+def _site(frame: FrameType) -> _Site:
+    """The block that a frame is entering: found and lowered once for each place in the code."""
+    key = (frame.f_code, frame.f_lasti, id(frame.f_globals))
+    found = _sites.get(key)
+    if found is None:
+        with _lock:
+            block = lower_block(frame)
+            cells = _cells(frame)
+            found = _sites[key] = _Site(block, Cache(block.program, frame.f_globals, cells))
+    return found
+
+
+def _cells(frame: FrameType) -> dict[str, Any]:
+    """A block has no free variables of its own: what it reads from functions around it is handed to it."""
+    return {}
+
+
+def _exported(block: Block, compiled: Compiled, results: Any) -> dict[str, Any]:
+    """What goes back into the frame: names to values. Values that were not saved are stood in for."""
+    exported: dict[str, Any] = {}
+    for name, value in zip(block.program.exports, results or (), strict=False):
+        if name in compiled.unsaved:
+            exported[name] = Unsaved(name, compiled.unsaved[name])
+        elif name in compiled.unsure and holds_tensor(value):
+            exported[name] = Unsaved(name, compiled.unsure[name])
+        elif value is not UNBOUND:
+            exported[name] = value
+    return exported
+
+
+def _write(frame: FrameType, values: dict[str, Any]) -> None:
+    """Assigns variables of a running frame."""
+    if not values:
+        return
+    frame.f_locals.update(values)
+    if sys.version_info < (3, 13) and frame.f_locals is not frame.f_globals:
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+
+
+def _opens_with(frame: FrameType) -> bool:
+    """Whether the call that a frame is making is the context of a `with`: the next instruction that is not padding
+    enters it."""
+    code = frame.f_code
+    for instruction in dis.get_instructions(code):
+        if instruction.offset <= frame.f_lasti or instruction.opname in ("CACHE", "NOP", "EXTENDED_ARG"):
+            continue
+        return instruction.opname in ("BEFORE_WITH", "COPY", "LOAD_SPECIAL")
+    return False

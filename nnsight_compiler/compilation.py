@@ -1,0 +1,191 @@
+"""The pipeline: from a function's IR, through the passes, to a plan that runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import CellType, FunctionType
+from typing import Any, final
+from weakref import WeakKeyDictionary
+
+import torch
+
+from nnsight_compiler.frontend import lower_function
+from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.span import Span
+from nnsight_compiler.passes.copy_on_save import copy_on_save
+from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
+from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
+from nnsight_compiler.passes.facts import Guard
+from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
+from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.sites import Order, check_sites
+from nnsight_compiler.passes.specialise import Specialised, Subject, specialise
+from nnsight_compiler.runtime.observe import Observation, observe, registered
+from nnsight_compiler.runtime.plans import Plan, plan
+
+PASSES = (
+    "specialise",
+    "check_sites",
+    "eliminate_dead_saves",
+    "eliminate_common_subexpressions",
+    "place",
+    "copy_on_save",
+)
+"""The names of the passes, in the order in which they run."""
+
+
+def save(value: Any) -> Any:
+    """Marks a value to be kept, inside a trace; the same as `value.save()`, for values that have no such method.
+
+    The compiler knows this function and replaces its calls. Called outside of a compiled program, there is nothing to keep
+    the value from, and it is returned as it is.
+    """
+    return value
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A program compiled for one model and one shape of arguments.
+
+    source: the generated functions as text: one for each site, and the one that runs the forwards.
+    """
+
+    program: Program
+    plan: Plan
+    guards: tuple[Guard, ...]
+    objects: Mapping[str, Any]
+    unsaved: Mapping[str, Span]
+    unsure: Mapping[str, Span]
+
+    @property
+    def source(self) -> str:
+        return self.plan.source
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs it, on the values of all parameters in order."""
+        return self.plan.run(*args)
+
+
+def compile_program(
+    program: Program,
+    arguments: Mapping[str, Any],
+    globals_: dict[str, Any],
+    closure: Mapping[str, CellType],
+    function: FunctionType | None = None,
+    observer: Observer | None = None,
+) -> Compiled:
+    """Compiles a program for the arguments of one call."""
+    lowered = lower_program(program, arguments, globals_, closure, function, observer)
+    made = plan(lowered.program, globals_, closure)
+    return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure)
+
+
+def lower_program(
+    program: Program,
+    arguments: Mapping[str, Any],
+    globals_: Mapping[str, Any],
+    closure: Mapping[str, CellType],
+    function: FunctionType | None = None,
+    observer: Observer | None = None,
+) -> Specialised:
+    """Runs the passes for the arguments of one call."""
+    subject = Subject(arguments, globals_, closure, _helper, save, function)
+    result: list[Specialised] = []
+    orders: dict[str, Order] = {}
+
+    def specialised(source: Program) -> Program:
+        result.append(specialise(source, subject))
+        return result[0].program
+
+    def order(forward: ops.Forward) -> Order:
+        name = forward.result.name
+        if name not in orders:
+            orders[name] = observed(result[0].models[name], result[0].inputs[name])
+        return orders[name]
+
+    def dead(source: Program) -> Program:
+        training = any(model._module.training for model in result[0].models.values())
+        return eliminate_dead_saves(source, keep_forwards=training)
+
+    steps: tuple[Callable[[Program], Program], ...] = (
+        specialised,
+        lambda source: check_sites(source, order),
+        dead,
+        eliminate_common_subexpressions,
+        lambda source: place(source, order),
+        copy_on_save,
+    )
+    passes = [NamedPass(name, step) for name, step in zip(PASSES, steps, strict=True)]
+    final_program = run_passes(program, passes, observer=observer)
+    first = result[0]
+    return Specialised(
+        final_program, first.guards, first.objects, first.inputs, first.models, first.unsaved, first.unsure
+    )
+
+
+# --- helpers, lowered once ---
+
+_helpers: dict[Any, Program] = {}
+
+
+def _helper(function: FunctionType) -> Program:
+    """The IR of a helper function; lowered once for each piece of code."""
+    code = function.__code__
+    if code not in _helpers:
+        _helpers[code] = lower_function(function)
+    return _helpers[code]
+
+
+# --- the order of sites ---
+
+_observations: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Order:
+    """The order in which a model runs its modules: observed once for each kind of input.
+
+    Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one on
+    the model's own example, then the order in which its modules are registered; a run that goes otherwise is an error.
+    """
+    if inputs is None:
+        known = _observations.get(model._root)
+        if known:
+            return next(reversed(known.values()))
+        inputs = model._example()
+    if inputs is None:
+        return registered(model._module)
+    kwargs = {name: value for name, value in inputs[1].items() if name != "grad"}
+    args, kwargs = model._prepare(inputs[0], kwargs)
+    module = model._module
+    structure = tuple(map(id, module.modules())), module.training
+    key = (structure, tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs))
+    with _lock:
+        held = _observations.setdefault(model._root, {})
+        if key not in held:
+            held[key] = _observe(model, args, kwargs)
+        return held[key]
+
+
+def _observe(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
+    try:
+        return observe(model._module, args, kwargs)
+    except Exception:
+        if not any(parameter.is_meta for parameter in model._module.parameters()):
+            raise
+    return observe(model._ready(), args, kwargs)  # it looks at numbers, so it needs its weights
+
+
+def _signature(value: Any) -> Any:
+    """What of an input may decide which modules run: the kind of a tensor, not its contents or sizes."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", value.ndim, str(value.dtype)
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, tuple(map(_signature, value))
+    return type(value).__name__

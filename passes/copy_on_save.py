@@ -1,0 +1,48 @@
+"""Leaves out the copies that saves do not need.
+
+    %y = call torch.Tensor.softmax(%x, -1)            %y = call torch.Tensor.softmax(%x, -1)
+    %s = save %y                              ──▶     %s = keep %y
+    return %s                                         return %s
+
+A save copies, so that nothing that happens later changes what was saved (DESIGN.md D3). The copy is left out only where
+nothing can: the value is made by the program itself, so that the model never holds it; no op of the program writes to its
+storage; and no container, closure, cell or host call got hold of it. In doubt it stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.ops import Op, Region
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.traverse import rewrite
+from nnsight_compiler.passes.memory import Fresh, Memory, Root
+
+
+def copy_on_save(program: Program) -> Program:
+    """The program whose saves copy only where something may write to the value later."""
+    memory = Memory(program)
+    written: set[Root] = set()
+    for op in program.walk():
+        written |= memory.writes(op)
+
+    def safe(save: ops.Save) -> bool:
+        roots = memory.roots(save.value)
+        made_here = bool(roots) and all(isinstance(root, Fresh) for root in roots)
+        return (
+            made_here
+            and not memory.live(save.value)
+            and not memory.escaped(save.value)
+            and not memory.overlap(roots, written)
+        )
+
+    def change(op: Op) -> Op:
+        if isinstance(op, ops.Save) and op.copy and safe(op):
+            return replace(op, copy=False)
+        return rewrite(op, region=inside)
+
+    def inside(region: Region) -> Region:
+        return Region(region.parameters, tuple(map(change, region.ops)))
+
+    return replace(program, body=inside(program.body))

@@ -1,0 +1,193 @@
+"""The order of a model's sites, as passes see it, and the checks that need nothing but that order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+from typing import Literal as OneOf
+
+from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.errors import CompileError, Diagnostic
+from nnsight_compiler.ir.ops import Op, Region
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.span import Span
+from nnsight_compiler.ir.traverse import regions, used, walk
+from nnsight_compiler.ir.values import Module
+from nnsight_compiler.passes.memory import Memory, Site
+
+EventPort = OneOf["output", "input"]
+
+
+class Order(Protocol):
+    """When the modules of a model run within one forward."""
+
+    how: str
+    """`fake`, `real`, or `registered` where no forward was observed and the order of registration stands in."""
+
+    def time(self, path: str, port: EventPort, call: int = 0) -> int:
+        """The place of an event in the forward. Raises `KeyError` where it does not happen."""
+
+    def count(self, path: str) -> int:
+        """How often a module runs."""
+
+
+Orders = Callable[[ops.Forward], Order]
+"""Gives the order in which the model of a forward runs its modules."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A site, at its time in the forward. `call` is `None` for a module that runs once."""
+
+    path: str
+    port: EventPort
+    call: int | None
+    time: int
+
+
+def event_port(port: str) -> EventPort:
+    """Where a port lives: `input` and `inputs` are the same event."""
+    return "output" if port == "output" else "input"
+
+
+def place_of(op: ops.Read | ops.Write | ops.Skip, order: Order) -> Place:
+    """The site that an access names.
+
+    Raises:
+        CompileError: the module does not run, runs several times, or not as often as asked for.
+    """
+    assert isinstance(op.module, Module), "places are asked for after specialise"
+    port = event_port("output" if isinstance(op, ops.Skip) else op.port)
+    return locate(op.module.path, port, op.call, op.span, order)
+
+
+def locate(path: str, port: EventPort, call: int | None, span: Span, order: Order) -> Place:
+    """The place of a site in the forward; errors point to `span`."""
+    count = order.count(path)
+    name = path or "the model"
+    if count == 0:
+        raise CompileError(
+            [
+                Diagnostic(
+                    span,
+                    f"`{name}` is never called in this forward",
+                    "its values do not exist there; address a module that runs, such as one around it or inside it",
+                )
+            ]
+        )
+    if call is None and count > 1:
+        raise CompileError(
+            [
+                Diagnostic(
+                    span,
+                    f"`{name}` is called {count} times in one forward",
+                    f"say which call is meant: `.calls[0].{port}` to `.calls[{count - 1}].{port}`",
+                )
+            ]
+        )
+    if call is not None and not -count <= call < count:
+        raise CompileError(
+            [
+                Diagnostic(
+                    span,
+                    f"`{name}` is called {count} times in one forward; there is no call {call}",
+                    f"calls count from 0 to {count - 1}",
+                )
+            ]
+        )
+    number = 0 if call is None else call % count
+    return Place(path, port, None if count == 1 else number, order.time(path, port, number))
+
+
+def forwards(region: Region) -> Iterator[ops.Forward]:
+    """Every forward of a program."""
+    return (op for op in walk(region) if isinstance(op, ops.Forward))
+
+
+def check_sites(program: Program, orders: Orders) -> Program:
+    """Refuses accesses to modules that do not run, and writes that nothing can notice. Changes nothing else than that
+    the calls of a module which runs once lose their index.
+
+    A write is noticed by a read of a site after it, by a later read of its own site, or by a use of the value that was
+    written in place.
+    """
+    wrong: list[Diagnostic] = []
+    memory = Memory(program)
+    for forward in forwards(program.body):
+        order = orders(forward)
+        body = list(walk(forward.body))
+        places: dict[int, Place] = {}
+        for op in body:
+            if isinstance(op, (ops.Read, ops.Write, ops.Skip)):
+                try:
+                    places[id(op)] = place_of(op, order)
+                except CompileError as error:
+                    wrong.extend(error.diagnostics)
+        if wrong:
+            continue
+        wrong.extend(_unnoticed(program, forward, body, places, memory, order))
+    if wrong:
+        raise CompileError(wrong)
+    return program
+
+
+def _unnoticed(
+    program: Program, forward: ops.Forward, body: list[Op], places: dict[int, Place], memory: Memory, order: Order
+) -> Iterator[Diagnostic]:
+    last_read = max((places[id(op)].time for op in body if isinstance(op, ops.Read)), default=-1)
+    later = [op for op in walk(program.body)]
+    index = {id(op): number for number, op in enumerate(later)}
+    for op in body:
+        times = _written(op, forward, places, memory, order)
+        if not times:
+            continue
+        if last_read > min(times):
+            continue
+        sites = {root for root in memory.writes(op) if isinstance(root, Site) and root.forward == forward.result.name}
+        noticed = any(
+            memory.roots(value) & sites
+            for other in later[index[id(op)] + 1 :]
+            if not any(inner is other for part in regions(op) for inner in walk(part))
+            for value in (*used(other), *([other.result] if isinstance(other, ops.Read) else []))
+        )
+        if not noticed:
+            yield Diagnostic(
+                op.span,
+                "this write can reach nothing: nothing is read from the model after it",
+                "read or save something that it changes, such as `model.output`, in the same `with`",
+            )
+
+
+def _written(
+    op: Op, forward: ops.Forward, places: dict[int, Place], memory: Memory, order: Order
+) -> list[int]:
+    """The times of the sites that an op itself writes: those of its regions are asked about themselves."""
+    if isinstance(op, (ops.Write, ops.Skip)):
+        return [places[id(op)].time]
+    if any(True for _ in regions(op)) or not in_place(op, memory):
+        return []
+    return [
+        locate(root.module, event_port(root.port), root.call, op.span, order).time
+        for root in memory.writes(op)
+        if isinstance(root, Site) and root.forward == forward.result.name
+    ]
+
+
+def in_place(op: Op, memory: Memory) -> bool:
+    """Whether an op is known to write its operand in place. A host call may write to what it is given, but is taken to
+    do so to the copy that it gets where its values come from different sites."""
+    match op:
+        case ops.SetItem() | ops.Delete() | ops.SetAttribute():
+            return True
+        case ops.Operator(in_place=changes):
+            return changes
+        case ops.Call():
+            return memory.origins.known(op) is not None
+    return False
+
+
+__all__ = [
+    "EventPort", "Order", "Orders", "Place", "check_sites", "event_port", "forwards", "in_place", "locate", "place_of",
+    "replace",
+]  # fmt: skip

@@ -1,0 +1,214 @@
+"""Running one forward of a model with the functions of a plan at its sites.
+
+Hooks are registered for the run and removed after it, whatever happens in it. A hook acts only for the run that
+registered it: another thread, a run inside this one, and a module that the body itself calls see the plain model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+from typing import Literal as OneOf
+
+import torch
+from torch import nn
+
+from nnsight_compiler.ir.errors import RunError
+from nnsight_compiler.ir.span import Span
+
+SiteFunction = Callable[[Any, Any], Any]
+"""`(value, state) -> value`: what the model goes on with."""
+
+
+class Runnable(Protocol):
+    """A wrapped model."""
+
+    def _ready(self) -> nn.Module: ...
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
+
+
+class _Active(threading.local):
+    """The run whose hooks act in this thread, while the model runs and no site function does."""
+
+    run: object = None
+
+
+_ACTIVE = _Active()
+
+
+class _Stop(BaseException):
+    """Ends a forward at the last site that anything needs."""
+
+    def __init__(self, run: object) -> None:
+        self.run = run
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """One function at one site. `call`: the number of the call, for a module that runs several times."""
+
+    path: str
+    port: OneOf["output", "input"]
+    call: int | None
+    function: SiteFunction
+    span: Span
+
+    def __str__(self) -> str:
+        return f"`{self.path or 'the model'}` {self.port}"
+
+
+@final
+class Forward:
+    """The plan of one forward: the functions at its sites, in the order in which they run.
+
+    stops: whether nothing that comes after the last site is needed.
+    brings: the names in the state of what comes from outside of the forward; gradients are recorded where one of these
+        requires them.
+    """
+
+    __slots__ = ("brings", "sites", "span", "stops")
+
+    def __init__(self, sites: tuple[SitePlan, ...], stops: bool, brings: tuple[str, ...], span: Span) -> None:
+        self.sites, self.stops, self.brings, self.span = sites, stops, brings, span
+
+    def run(self, model: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
+        """Runs the model on these arguments.
+
+        Raises:
+            RunError: a site was not reached, or more often than the plan says.
+        """
+        grad = kwargs.pop("grad", False)
+        root = model._ready()
+        args, kwargs = model._prepare(args, kwargs)
+        run = object()
+        fired = [0] * len(self.sites)
+        stops = self.stops and not root.training
+        last = len(self.sites) - 1
+        handles = []
+        before = _ACTIVE.run
+        try:
+            for index, site in enumerate(self.sites):
+                module = self._module(root, site)
+                ends = stops and index == last
+                if site.port == "output":
+                    handles.append(module.register_forward_hook(_output_hook(site, run, state, fired, index, ends)))
+                else:
+                    hook = _input_hook(site, run, state, fired, index, ends)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            _ACTIVE.run = run
+            if torch.is_grad_enabled() and not (grad or self._records(state, args, kwargs)):
+                with torch.no_grad():
+                    root(*args, **kwargs)
+            else:
+                root(*args, **kwargs)
+        except _Stop as stop:
+            if stop.run is not run:
+                raise
+        finally:
+            _ACTIVE.run = before
+            for handle in handles:
+                handle.remove()
+        for site, count in zip(self.sites, fired, strict=True):
+            if count != 1 and (site.call is None or count <= site.call):
+                self._missed(site, count)
+
+    @staticmethod
+    def _module(root: nn.Module, site: SitePlan) -> nn.Module:
+        module: nn.Module = root
+        for name in site.path.split(".") if site.path else ():
+            found = module._modules.get(name)
+            if found is None:
+                raise RunError(f"{site.span}: the model no longer has a module `{site.path}`")
+            module = found
+        return module
+
+    def _records(self, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        brought = (getattr(state, name, None) for name in self.brings)
+        return any(map(_requires_grad, (*brought, *args, *kwargs.values())))
+
+    @staticmethod
+    def _missed(site: SitePlan, count: int) -> None:
+        if count == 0:
+            raise RunError(
+                f"{site.span}: {site} did not run in this forward, so what the experiment does there did not happen\n"
+                "  way out: address a module that runs on these inputs"
+            )
+        raise RunError(
+            f"{site.span}: {site} ran {count} times in this forward, and what the experiment does there is meant for one\n"
+            "  way out: say which call is meant, as in `.calls[0].output`"
+        )
+
+
+def _output_hook(
+    site: SitePlan, run: object, state: Any, fired: list[int], index: int, ends: bool
+) -> Callable[[nn.Module, Any, Any], Any]:
+    function, call = site.function, site.call
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if _ACTIVE.run is not run:
+            return None
+        number = fired[index]
+        fired[index] = number + 1
+        if call is not None and number != call:
+            return None
+        _ACTIVE.run = None
+        try:
+            result = function(output, state)
+        finally:
+            _ACTIVE.run = run
+        if ends:
+            raise _Stop(run)
+        return result
+
+    return hook
+
+
+def _input_hook(
+    site: SitePlan, run: object, state: Any, fired: list[int], index: int, ends: bool
+) -> Callable[[nn.Module, Any, Any], Any]:
+    function, call = site.function, site.call
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if _ACTIVE.run is not run:
+            return None
+        number = fired[index]
+        fired[index] = number + 1
+        if call is not None and number != call:
+            return None
+        _ACTIVE.run = None
+        try:
+            given = (args, kwargs)
+            result = function(given, state)
+        finally:
+            _ACTIVE.run = run
+        if ends:
+            raise _Stop(run)
+        return None if result is given else result
+
+    return hook
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    if isinstance(value, nn.Module):
+        return any(parameter.requires_grad for parameter in value.parameters())
+    if isinstance(value, (list, tuple)):
+        return any(map(_requires_grad, value))
+    if isinstance(value, dict):
+        return any(map(_requires_grad, value.values()))
+    return False
+
+
+def resolve(model: Any, path: str) -> nn.Module:
+    """A module of a wrapped model, with its weights: what the body calls, or takes a weight of."""
+    found: nn.Module = model._ready().get_submodule(path)
+    return found
+
+
+def paths(sites: Iterable[SitePlan]) -> list[str]:
+    """The modules that a plan touches."""
+    return list(dict.fromkeys(site.path for site in sites))

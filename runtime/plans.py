@@ -1,0 +1,260 @@
+"""From a placed program to functions: one for the experiment itself, and one for each site that it touches.
+
+A value that is made in one of these functions and used in another lives in `state`, which is made anew for each call;
+every other value is a local variable. The functions bear the user's file name and lines.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import CellType, FunctionType
+from typing import Any, cast, final
+
+from nnsight_compiler.ir.ops import AnyOp, Argument, At, Op, Parameter, Read, Region, Save, SetItem, Write
+from nnsight_compiler.ir.ops import Forward as ForwardOp
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.span import Span
+from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
+from nnsight_compiler.ir.values import Module, Value
+from nnsight_compiler.runtime import sites as support
+from nnsight_compiler.runtime.forwards import Forward, SitePlan, resolve
+from nnsight_compiler.runtime.functions import link
+from nnsight_compiler.runtime.names import Names
+from nnsight_compiler.runtime.statements import Statements
+from nnsight_compiler.runtime.trees import load, locate
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A compiled program: `run` takes the arguments in the order of the program's parameters.
+
+    source: the generated functions, as text.
+    forwards: the plan of each forward, in the order of the program.
+    """
+
+    program: Program
+    run: FunctionType
+    source: str
+    forwards: tuple[Forward, ...]
+
+
+def plan(program: Program, globals_: dict[str, Any], closure: Mapping[str, CellType] | None) -> Plan:
+    """Generates the functions of a placed program."""
+    return _Generator(program).plan(globals_, closure)
+
+
+class _Generator(Statements):
+    """Generates the functions of one program: those at its sites first, then the one that runs the forwards."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program, Names(program))
+        self.value = self.names.temporary("value")
+        self.state = self.names.temporary("state")
+        self.crossing = _crossing(program)
+        self.reads: dict[str, str] = {}
+        self.in_site = False
+        self.forwards: dict[int, Forward] = {}
+
+    def plan(self, globals_: dict[str, Any], closure: Mapping[str, CellType] | None) -> Plan:
+        program = self.program
+        sites = [
+            (op, at, self._site(at)) for op in walk(program.body) if isinstance(op, ForwardOp) for at in _placed(op)
+        ]
+        made = [function for _, _, function in sites]
+        functions = link(self, made, globals_, closure, program.span) if sites else []
+        plans: dict[int, list[SitePlan]] = {id(op): [] for op in walk(program.body) if isinstance(op, ForwardOp)}
+        for (op, at, _), function in zip(sites, functions, strict=True):
+            plans[id(op)].append(SitePlan(at.module.path, at.port, at.call, function, at.span))
+        for op in walk(program.body):
+            if isinstance(op, ForwardOp):
+                self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), self._brings(op), op.span)
+        driver = self._driver(bool(sites))
+        (run,) = link(self, [driver], globals_, closure, program.span)
+        source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
+        return Plan(program, run, source, tuple(self.forwards.values()))
+
+    def _driver(self, has_state: bool) -> ast.FunctionDef:
+        program = self.program
+        parameters = [Parameter(parameter.value) for parameter in program.parameters]
+        name = self.names.fresh(program.name)
+        driver = self.define(name, program.name, parameters, program.body, program.span)
+        prologue: list[ast.stmt] = []
+        if has_state:
+            slots = tuple(dict.fromkeys(self.names[value] for value in self.crossing.values()))
+            state = type("State", (), {"__slots__": slots, "__doc__": "The values of one call that sites share."})
+            made = ast.Call(func=self.constant("State", state), args=[], keywords=[])
+            prologue.append(ast.Assign(targets=[ast.Name(self.names[self.state], ast.Store())], value=made))
+        for parameter in program.parameters:
+            if parameter.value.name in self.crossing:
+                given = load(self.names[parameter.value])
+                prologue.append(ast.Assign(targets=[self.target(parameter.value)], value=given))
+        driver.body[:0] = [locate(each, program.span) for each in prologue]
+        return driver
+
+    def _brings(self, op: ForwardOp) -> tuple[str, ...]:
+        """What the sites of a forward take from outside of it."""
+        inside = {value.name for value in definitions(op.body)}
+        taken = (value for part in walk(op.body) for value in used(part))
+        return tuple(
+            dict.fromkeys(
+                self.names[value] for value in taken if value.name not in inside and value.name in self.crossing
+            )
+        )
+
+    # --- where values live ---
+
+    def reference(self, value: Value, span: Span) -> ast.expr:
+        if value.name in self.crossing:
+            return ast.Attribute(value=load(self.names[self.state]), attr=self.names[value], ctx=ast.Load())
+        return super().reference(value, span)
+
+    def target(self, value: Value) -> ast.expr:
+        if value.name in self.crossing:
+            return ast.Attribute(value=load(self.names[self.state]), attr=self.names[value], ctx=ast.Store())
+        return super().target(value)
+
+    def module(self, operand: Module, span: Span) -> ast.expr:
+        found = self.constant("module_of", resolve)
+        return ast.Call(func=found, args=[self.operand(operand.model, span), ast.Constant(operand.path)], keywords=[])
+
+    # --- the ops of a model ---
+
+    def lower(self, op: AnyOp) -> ast.expr | list[ast.stmt]:
+        if isinstance(op, SetItem) and self.in_site:
+            return self._set_item(op)
+        return super().lower(op)
+
+    def _set_item(self, op: SetItem) -> list[ast.stmt]:
+        new = self.operand(op.value, op.span)
+        held = self.operand(op.object, op.span)
+        index = self.operand(op.index, op.span)
+        port = self.reads.get(op.object.name) if isinstance(op.object, Value) else None
+        if port not in ("output", "input"):
+            call = ast.Call(func=self.constant("put", support.put), args=[held, index, new], keywords=[])
+            return [ast.Expr(value=call)]
+        assert isinstance(op.object, Value)
+        setter = support.set_item if port == "output" else support.set_first_item
+        made = ast.Call(func=self.constant(setter.__name__, setter), args=[self._value(), held, index, new], keywords=[])
+        targets = ast.Tuple(elts=[self._value(ast.Store()), self.target(op.object)], ctx=ast.Store())
+        return [ast.Assign(targets=[targets], value=made)]
+
+    def model_op(self, op: Op) -> list[ast.stmt]:
+        match op:
+            case ForwardOp():
+                return self._forward(op)
+            case Read(result=result, port=port):
+                self.reads[result.name] = port
+                source: ast.expr = self._value()
+                if port == "input":
+                    getter = self.constant("first_argument", support.first_argument)
+                    source = ast.Call(func=getter, args=[source, ast.Constant(str(op.span))], keywords=[])
+                return [ast.Assign(targets=[self.target(result)], value=source)]
+            case Write(port=port, value=value):
+                setters = {
+                    "output": support.replaced,
+                    "input": support.replaced_first,
+                    "inputs": support.replaced_all,
+                }
+                setter = self.constant(setters[port].__name__, setters[port])
+                arguments = [self._value(), self.operand(value, op.span), ast.Constant(str(op.span))]
+                made = ast.Call(func=setter, args=arguments, keywords=[])
+                return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
+            case Save(result=result, value=value):
+                kept = self.constant("keep", support.keep)
+                made = ast.Call(func=kept, args=[self.operand(value, op.span)], keywords=[])
+                return [ast.Assign(targets=[self.target(result)], value=made)]
+        return super().model_op(op)
+
+    def _forward(self, op: ForwardOp) -> list[ast.stmt]:
+        model = self.operand(op.model, op.span)
+        positional, keyword = _arguments(op.arguments, self)
+        runner = ast.Attribute(value=self.constant("forward", self.forwards[id(op)]), attr="run", ctx=ast.Load())
+        state: ast.expr = load(self.names[self.state]) if op.body.ops else ast.Constant(None)
+        return [ast.Expr(value=ast.Call(func=runner, args=[model, positional, keyword, state], keywords=[]))]
+
+    def _value(self, context: ast.expr_context | None = None) -> ast.Name:
+        """The value at the site, in a site function."""
+        return ast.Name(self.names[self.value], context or ast.Load())
+
+    def _site(self, at: At) -> ast.FunctionDef:
+        """The function at a site."""
+        name = self.names.fresh(f"{at.module.path or 'model'}.{at.port}")
+        self.in_site = True
+        parameters = (Parameter(self.value), Parameter(self.state))
+        made = self.define(name, self.program.name, parameters, at.body, at.span)
+        made.body.append(locate(ast.Return(value=self._value()), at.span))
+        self.in_site = False
+        return made
+
+
+def _arguments(arguments: tuple[Argument, ...], statements: Statements) -> tuple[ast.expr, ast.expr]:
+    """The arguments of a forward, as a tuple and a dict."""
+    positional: list[ast.expr] = []
+    keys: list[ast.expr | None] = []
+    values: list[ast.expr] = []
+    for argument in arguments:
+        value = statements.operand(argument.value, Span("", 0))
+        if argument.star == "*":
+            positional.append(ast.Starred(value=value, ctx=ast.Load()))
+        elif argument.star == "**":
+            keys.append(None)
+            values.append(value)
+        elif argument.keyword is not None:
+            keys.append(ast.Constant(argument.keyword))
+            values.append(value)
+        else:
+            positional.append(value)
+    return ast.Tuple(elts=positional, ctx=ast.Load()), ast.Dict(keys=keys, values=values)
+
+
+def _crossing(program: Program) -> dict[str, Value]:
+    """The values that are made in one generated function and used in another."""
+    home: dict[str, object] = {parameter.value.name: None for parameter in program.parameters}
+    for where, value in _definitions(program.body, None):
+        home[value.name] = where
+    return {
+        value.name: value for where, value in _uses(program.body, None) if home.get(value.name, where) is not where
+    }
+
+
+def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]]:
+    for op in region.ops:
+        for value in defined(op):
+            yield where, value
+        for inner in regions(op):
+            for value in inner.parameters:
+                yield where, value
+            yield from _definitions(inner, op if isinstance(op, At) else where)
+
+
+def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
+    for op in region.ops:
+        if isinstance(op, (Read, Write)):
+            taken = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
+        elif isinstance(op, At):
+            taken = []
+        else:
+            taken = list(used(op))
+        for value in taken:
+            yield where, value
+        for inner in regions(op):
+            yield from _uses(inner, op if isinstance(op, At) else where)
+
+
+def _model(op: Write) -> Value | None:
+    return cast(Module, op.module).model if isinstance(op.module, Module) else None
+
+
+def _placed(op: ForwardOp) -> Iterator[At]:
+    for at in op.body.ops:
+        assert isinstance(at, At), "a program is placed before it is planned"
+        yield at
+
+
+def _stops(op: ForwardOp) -> bool:
+    """Whether something of the model comes after the last site."""
+    placed = list(_placed(op))
+    return bool(placed) and not (placed[-1].module.path == "" and placed[-1].port == "output")

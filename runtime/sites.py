@@ -1,0 +1,180 @@
+"""What generated site functions call: reading, writing and keeping the values at a site.
+
+A site function takes the value at its site and returns what the model goes on with. At an output that is what the module
+returned; at an input it is the pair of positional arguments and keyword arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from nnsight_compiler.ir.errors import RunError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def first_argument(value: Arguments, where: str) -> Any:
+    """The first positional argument of a module, or else its first keyword argument."""
+    args, kwargs = value
+    if args:
+        return args[0]
+    if kwargs:
+        return next(iter(kwargs.values()))
+    raise RunError(f"{where}: this module is called without arguments, so it has no `.input`")
+
+
+def with_first_argument(value: Arguments, first: Any) -> Arguments:
+    """The arguments with the first one replaced."""
+    args, kwargs = value
+    if args:
+        return (first, *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: first}
+
+
+def replaced(old: Any, new: Any, where: str) -> Any:
+    """What a site holds after `site = new`: a scalar fills a tensor, a tensor goes to the site's device and dtype.
+
+    Raises:
+        RunError: the new value does not fit what the model goes on with; `where` names the line.
+    """
+    if not isinstance(old, torch.Tensor):
+        if isinstance(new, torch.Tensor) or isinstance(new, (int, float, complex)):
+            items = _names(old)
+            raise RunError(
+                f"{where}: the module gives {_described(old)}, which one value cannot replace\n"
+                f"  way out: assign one of its items ({items}), or a whole {type(old).__name__}"
+            )
+        if isinstance(old, tuple) and isinstance(new, (tuple, list)) and len(old) != len(new):
+            raise RunError(f"{where}: the module gives a tuple of {len(old)}, but {len(new)} values are assigned")
+        return new
+    if isinstance(new, torch.Tensor):
+        if new.shape != old.shape and new.ndim:
+            raise RunError(
+                f"{where}: a tensor of shape {list(new.shape)} is assigned where the module gives {list(old.shape)}\n"
+                "  way out: write to a part of it in place (`[…] = …`, which broadcasts), or make the shapes equal"
+            )
+        if not new.ndim and old.ndim:
+            new = new.expand(old.shape).clone()
+        return moved(new, old)
+    if isinstance(new, (bool, int, float, complex)):
+        return torch.full_like(old, new)
+    raise RunError(f"{where}: {_described(new)} is assigned where the module gives a tensor of shape {list(old.shape)}")
+
+
+def moved(new: torch.Tensor, site: torch.Tensor) -> torch.Tensor:
+    """The tensor on the site's device and with its dtype."""
+    if new.device == site.device and new.dtype == site.dtype:
+        return new
+    return new.to(device=site.device, dtype=site.dtype)
+
+
+def replaced_first(value: Arguments, new: Any, where: str) -> Arguments:
+    """The arguments after `module.input = new`."""
+    return with_first_argument(value, replaced(first_argument(value, where), new, where))
+
+
+def replaced_all(value: Arguments, new: Any, where: str) -> Arguments:
+    """The arguments after `module.inputs = new`."""
+    if isinstance(new, tuple) and len(new) == 2 and isinstance(new[0], (tuple, list)) and isinstance(new[1], dict):
+        return tuple(new[0]), new[1]
+    raise RunError(
+        f"{where}: `.inputs` is a pair of positional and keyword arguments, not {_described(new)}\n"
+        "  way out: assign `((first, second), {})`, or `.input` for the first argument alone"
+    )
+
+
+def set_item(value: Any, held: Any, index: Any, new: Any) -> tuple[Any, Any]:
+    """`held[index] = new` for what was read from a site: the site's value and the value read, after it.
+
+    A tensor is written in place. A tuple, a mapping or a dataclass cannot be, or would be shared with the model: a new one
+    takes its place, at the site too where it is still what the site holds.
+    """
+    if isinstance(held, torch.Tensor):
+        put(held, index, new)
+        return value, held
+    made = _with_item(held, index, new)
+    return (made if value is held else value), made
+
+
+def set_first_item(value: Arguments, held: Any, index: Any, new: Any) -> tuple[Arguments, Any]:
+    """`held[index] = new` for what was read from a module's `.input`."""
+    args, kwargs = value
+    current = args[0] if args else next(iter(kwargs.values()))
+    after, made = set_item(current, held, index, new)
+    return (value if after is current else with_first_argument(value, after)), made
+
+
+def put(target: Any, index: Any, new: Any) -> None:
+    """`target[index] = new`; a tensor goes to the device of the tensor that it is written into."""
+    if isinstance(target, torch.Tensor) and isinstance(new, torch.Tensor) and new.device != target.device and new.ndim:
+        new = new.to(target.device)
+    target[index] = new
+
+
+def _with_item(held: Any, index: Any, new: Any) -> Any:
+    if isinstance(held, tuple):
+        items = list(held)
+        items[index] = new
+        return type(held)(*items) if hasattr(held, "_fields") else tuple(items)
+    if is_dataclass(held) and not isinstance(held, type):
+        names = [each.name for each in fields(held) if getattr(held, each.name) is not None]
+        name = index if isinstance(index, str) else names[index]
+        return replace(held, **{name: new})
+    if isinstance(held, Mapping):
+        return type(held)({**held, index: new})  # type: ignore[call-arg]  # a mapping that is made from one
+    if isinstance(held, list):
+        made = list(held)
+        made[index] = new
+        return made
+    held[index] = new
+    return held
+
+
+def keep(value: Any) -> Any:
+    """The value as it is now: tensors in it are copied, in tuples, mappings and dataclasses too.
+
+    A list, set or dict of the program's own is kept itself, since it is saved as it stands when the trace ends.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    kind = type(value)
+    if kind in (list, set, dict) or isinstance(value, (int, float, str, bytes, type(None))):
+        return value
+    if isinstance(value, tuple):
+        items = [keep(item) for item in value]
+        return kind(*items) if hasattr(value, "_fields") else kind(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: keep(getattr(value, each.name)) for each in fields(value) if each.init})
+    if isinstance(value, Mapping):
+        return kind({name: keep(item) for name, item in value.items()})  # type: ignore[call-arg]  # as above
+    return value
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or a tuple, list, mapping or dataclass with one in it."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if isinstance(value, Mapping):
+        return any(map(holds_tensor, value.values()))
+    return isinstance(value, (tuple, list)) and any(map(holds_tensor, value))
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _names(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"`[{name!r}]`" for name in value)
+    if isinstance(value, (tuple, list)):
+        return ", ".join(f"`[{index}]`" for index in range(len(value)))
+    return "none"
