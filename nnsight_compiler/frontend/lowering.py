@@ -272,7 +272,8 @@ class Lowering(ABC):
     def loop_exit(
         self, frame: LoopFrame, before: Environment, orelse: Callable[[], None] | None, span: Span
     ) -> Region | None:
-        """The `else` of a loop. What follows a loop counts as reachable. What may be unassigned where the loop ends is in `frame.unsure` afterwards."""
+        """The `else` of a loop, after which code counts as reachable. What may be unassigned where the loop ends is in
+        `frame.unsure` afterwards."""
         unsure_at_head, frame.unsure = frame.unsure, frame.unsure_at_break
         if orelse is None:
             frame.unsure |= unsure_at_head

@@ -347,10 +347,15 @@ def _unpacked(value: Any, count: int, star: int) -> tuple[Any, ...]:
     return (*parts[:star], middle, *parts[len(parts) - after :])
 
 
-def interpret(program: Program, namespace: Mapping[str, Any], closure: Mapping[str, Any]) -> Callable[..., Any]:
+def interpret(
+    program: Program,
+    namespace: Mapping[str, Any],
+    closure: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
     """The program as a function, after the verifier has looked at it."""
     verify(program)
-    return Interpreter(program, namespace, closure).function()
+    return Interpreter(program, namespace, closure).function(tuple((defaults or {}).values()))
 
 
 @pytest.fixture(name="interpret", scope="session")

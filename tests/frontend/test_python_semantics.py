@@ -14,6 +14,7 @@ import pytest
 
 from nnsight_compiler.frontend import lower_function
 from nnsight_compiler.ir.parser import parse_program
+from nnsight_compiler.runtime.functions import generate_function
 
 SNIPPETS = r'''
 def assignments(log):
@@ -829,13 +830,16 @@ def snippets() -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@pytest.mark.parametrize("engine", ["interpreted", "generated"])
 @pytest.mark.parametrize("name", _names())
-def test_snippet_means_what_python_means(name: str, snippets: dict[str, Any], interpret: Any) -> None:
+def test_snippet_means_what_python_means(name: str, engine: str, snippets: dict[str, Any], interpret: Any) -> None:
     function = snippets[name]
     program = lower_function(function)
     assert parse_program(str(program)) == program
     assert str(program) == str(lower_function(function)), "the same source gives the same names"
-    lowered = interpret(program, function.__globals__, {})
+    make = interpret if engine == "interpreted" else generate_function
+    defaults = dict.fromkeys([each.value.name for each in program.parameters if each.optional])
+    lowered = make(program, function.__globals__, {}, defaults)
     signature = function.__defaults__ or (), function.__kwdefaults__ or {}
     for change in itertools.chain([()], [(each,) for each in (0, 1, 2)] if signature[0] else []):
         args = (*change, *signature[0][len(change) :])
