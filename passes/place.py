@@ -91,7 +91,8 @@ class _Placement:
         self.used_outside = set(self._used_outside(program.body, ""))
 
     def run(self) -> Program:
-        return replace(self.program, body=self._region(self.program.body))
+        body = self._region(self.program.body)
+        return replace(self.program, body=self._renamed(body, "") if self.leaving else body)
 
     def _used_outside(self, region: Region, home: str) -> Iterator[str]:
         """The values of forwards that are used outside of their own."""
@@ -108,23 +109,23 @@ class _Placement:
         for op in region.ops:
             if isinstance(op, ops.Forward):
                 before, forward = _Schedule(self, op).run()
-                made.extend(self._renamed(part, "") for part in before)
-                made.append(self._renamed(forward, op.result.name))
+                made += [*before, forward]
             else:
-                made.append(self._renamed(rewrite(op, region=self._region), ""))
+                made.append(rewrite(op, region=self._region))
         return Region(region.parameters, tuple(made))
 
-    def _renamed(self, op: Op, home: str) -> Op:
-        """The op, taking the copies of values that left other forwards."""
+    def _renamed(self, region: Region, home: str) -> Region:
+        """The region, taking the copies of values that left other forwards."""
 
         def change(value: Value) -> Operand:
             kept = self.leaving.get(value.name)
             return value if kept is None or self.homes.get(value.name) == home else kept
 
-        def inside(region: Region) -> Region:
-            return Region(region.parameters, tuple(self._renamed(part, home) for part in region.ops))
+        def changed(op: Op) -> Op:
+            inner = op.result.name if isinstance(op, ops.Forward) else home
+            return rewrite(op, operand=change, region=lambda part: self._renamed(part, inner))
 
-        return rewrite(op, operand=change, region=inside) if self.leaving else op
+        return Region(region.parameters, tuple(map(changed, region.ops)))
 
 
 class _Schedule:
@@ -357,9 +358,7 @@ class _Schedule:
         for each in self.entries:
             graph.add_edges_from((each, need) for need in each.needs)
         late = [
-            each
-            for each in nx.descendants(graph, entry)
-            if each.pin is not None and each.pin.time > entry.pin.time
+            each for each in nx.descendants(graph, entry) if each.pin is not None and each.pin.time > entry.pin.time
         ]
         source = min(late, key=lambda each: len(nx.shortest_path(graph, entry, each)))
         assert source.pin is not None
@@ -496,7 +495,9 @@ class _Schedule:
             while end < len(entries) and self._owner(entries[end], depth) is owner:
                 end += 1
             piece = entries[index:end]
-            made.append(self._condition(owner, piece, depth) if isinstance(owner, ops.If) else self._with(owner, piece, depth))
+            made.append(
+                self._condition(owner, piece, depth) if isinstance(owner, ops.If) else self._with(owner, piece, depth)
+            )
             index = end
         return made
 
@@ -522,12 +523,18 @@ class _Schedule:
 
     def _with(self, owner: ops.With, piece: list[_Entry], depth: int) -> ops.With:
         result = owner.result
-        if any(part.frames[depth].op is owner for part in self.entries if part.time < piece[0].time and len(part.frames) > depth):
+        if any(
+            part.frames[depth].op is owner
+            for part in self.entries
+            if part.time < piece[0].time and len(part.frames) > depth
+        ):
             result = self.placement.builder.fresh(owner.result.name)
         return replace(owner, result=result, body=Region((), tuple(self._gather(piece, depth + 1))))
 
     def _condition(self, owner: ops.If, piece: list[_Entry], depth: int) -> ops.If:
-        merge = next((entry for entry in piece if entry.merge and entry.op is owner and len(entry.frames) == depth), None)
+        merge = next(
+            (entry for entry in piece if entry.merge and entry.op is owner and len(entry.frames) == depth), None
+        )
         inside = {id(entry) for entry in piece}
         results: list[Value] = list(owner.results) if merge is not None else []
         branches: list[Region] = []
@@ -539,8 +546,8 @@ class _Schedule:
                 value
                 for op in body.ops
                 for value in defined(op)
-                if value.name in self.placement.leaving.values()
-                or value.name in self.placement.used_outside
+                if value.name in self.placement.used_outside
+                or value in self.placement.leaving.values()
                 or any(id(user) not in inside for user in self.users[value.name])
             ]
             leaks.append(leaking)

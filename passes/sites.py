@@ -159,9 +159,7 @@ def _unnoticed(
             )
 
 
-def _written(
-    op: Op, forward: ops.Forward, places: dict[int, Place], memory: Memory, order: Order
-) -> list[int]:
+def _written(op: Op, forward: ops.Forward, places: dict[int, Place], memory: Memory, order: Order) -> list[int]:
     """The times of the sites that an op itself writes: those of its regions are asked about themselves."""
     if isinstance(op, (ops.Write, ops.Skip)):
         return [places[id(op)].time]
