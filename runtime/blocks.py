@@ -149,7 +149,7 @@ class Blocks(Expressions):
         whole expressions, the rest are variables and constants."""
         *ops, last = region.ops
         assert isinstance(last, Yield)
-        before, self.exits = self.exits, Exits()
+        before, self.exits = self.exits, replace(self.exits, results=(), falls=False)
         statements, pending = self._run(tuple(ops), last)
         self.exits = before
         self._settle(replace(last, values=last.values[:moving]), statements, pending)

@@ -204,7 +204,8 @@ class _Function:
 
     def guarded(self, op: Try, live: Live, ways: _Ways) -> Live:
         if op.finalizer is not None:
-            leaving = live | ways.broken | ways.again | ways.caught
+            handed_over = self.names((*ways.left, *ways.carried))  # a jump has assigned them before the `finally` runs
+            leaving = live | ways.broken | ways.again | ways.caught | handed_over
             live = self.region(op.finalizer, replace(ways, after=leaving))
             ways = replace(ways, caught=ways.caught | live)
         ways = replace(ways, after=live)
