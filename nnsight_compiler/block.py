@@ -175,12 +175,15 @@ def _exported(block: Block, compiled: Compiled, results: Any) -> dict[str, Any]:
 
 
 def _write(frame: FrameType, values: dict[str, Any]) -> None:
-    """Assigns variables of a running frame."""
-    if not values:
-        return
-    frame.f_locals.update(values)
-    if sys.version_info < (3, 13) and frame.f_locals is not frame.f_globals:
-        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+    """Assigns variables of a running frame, and deletes those whose value is `UNBOUND`."""
+    held = frame.f_locals  # asked for once: before 3.13 each access reads all variables anew
+    for name, value in values.items():
+        if value is not UNBOUND:
+            held[name] = value
+        elif name in held:
+            del held[name]
+    if sys.version_info < (3, 13) and held is not frame.f_globals:
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(1))
 
 
 def _opens_with(frame: FrameType) -> bool:
