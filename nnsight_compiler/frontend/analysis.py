@@ -99,9 +99,7 @@ class StatementNames(ExpressionNames):
         match node:
             case cst.Name():
                 self.delete(node)
-                scope = self.place(self.syntax.name(node.value))[0]
-                if self.syntax.name(node.value) in scope.declared_global | scope.declared_nonlocal:
-                    self.report(node, *unsupported.DELETED_OUTER_NAME)
+                self.deleted.append((self.scope, node))
             case cst.Tuple(elements=elements) | cst.List(elements=elements):
                 for element in elements:
                     self.delete_target(element.value)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import libcst as cst
 
+from nnsight_compiler.frontend import unsupported
 from nnsight_compiler.frontend.flow import Define, Event, Use, Variable, solve
 from nnsight_compiler.frontend.scopes import Analysis, Scope, ScopeKind
 from nnsight_compiler.frontend.syntax import Syntax
@@ -33,6 +34,7 @@ class EventRecorder:
         self.breakable = False
         self.clock = 0
         self.global_in_nested: set[str] = set()
+        self.deleted: list[tuple[Scope, cst.Name]] = []
 
     def finish(self, scope: Scope, live_at_end: Sequence[Variable]) -> None:
         """Ends a scope that is code of its own: decides on cells, then on merges."""
@@ -40,6 +42,9 @@ class EventRecorder:
             variable.cell |= not scope.owns(variable.name) or variable.outlives_a_change()
         live, surely = solve(self.events, live_at_end)
         if scope is self.analysis.root:
+            for inner, node in self.deleted:
+                if not isinstance(inner.find(self.syntax.name(node.value)), Variable):
+                    self.report(node, *unsupported.DELETED_OUTER_NAME)
             self.analysis.live, self.analysis.surely_assigned = live, surely
 
     def place(self, name: str) -> tuple[Scope, Variable]:

@@ -1,5 +1,7 @@
-"""A plain interpreter of IR: what the host ops mean, written down as directly as possible, for the tests here. A forward
-only binds its tracer and runs its body."""
+"""A plain interpreter of IR, for the tests here: what the host ops mean, written down as directly as possible.
+
+A forward only binds its tracer and runs its body.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,13 @@ class Interpreter:
         return self._function(self.program.parameters, defaults, self.program.body, {}, False, self.program.name)
 
     def _function(
-        self, parameters: tuple[Parameter, ...], defaults: tuple[Any, ...], body: Region, frame: Frame, generator: bool, name: str
+        self,
+        parameters: tuple[Parameter, ...],
+        defaults: tuple[Any, ...],
+        body: Region,
+        frame: Frame,
+        generator: bool,
+        name: str,
     ) -> Callable[..., Any]:
         rest = iter(defaults)
         signature = inspect.Signature(

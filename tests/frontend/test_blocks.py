@@ -66,7 +66,7 @@ def assignments(model: Model, x: int = 2) -> dict[str, Any]:
             y.append(i)
         q, (r, *s) = 1, (2, 3)
         (w := 5)
-        import math
+        import math  # noqa: F401
 
         def helper(n: int) -> int:
             return n + x
@@ -89,7 +89,7 @@ def keeps_outer_value(model: Model) -> dict[str, Any]:
     with model.trace():
         if a > 5:
             a = 2
-        b: int
+        b: int  # noqa: F842  # an annotation assigns nothing
     return locals()
 
 
@@ -218,7 +218,7 @@ def test_names_that_collide_with_the_three_given() -> None:
     assert names == ["model_", "args_", "kwargs", "model", "args"]
 
 
-MODULE = '''
+MODULE = """
 import contextlib
 x = 1
 with model.trace("p") as t:
@@ -234,7 +234,7 @@ with model.trace("p") as t:
     count()
     late = f()
     big = max(y, 3)
-'''
+"""
 
 
 def _module(text: str, file: str, model: Model) -> dict[str, Any]:
@@ -252,9 +252,7 @@ def test_block_of_a_notebook_cell(interpret: Any, nothing: Any) -> None:
     assert set(block.program.exports) == {"t", "x", "y", "z", "f", "count", "late", "big"}
     before = {**model.frames[-1]}
     reads = [before.get(name, nothing) for name in block.reads]
-    values = dict(
-        zip(block.program.exports, interpret(block.program, before, {})(model, (), {}, *reads), strict=True)
-    )
+    values = dict(zip(block.program.exports, interpret(block.program, before, {})(model, (), {}, *reads), strict=True))
     assert values.pop("z") is nothing
     for name in ("t", "x", "y", "late", "big"):
         assert values[name] == namespace[name]
@@ -274,7 +272,9 @@ def test_model_of_the_header_is_the_model_of_the_body() -> None:
     [("return 1", "return"), ("break", "break"), ("continue", "continue")],
 )
 def test_jumps_out_of_a_block_are_refused(jump: str, word: str) -> None:
-    text = f"def run(model):\n    for i in range(2):\n        with model.trace():\n            x = 1\n            {jump}\n"
+    text = (
+        f"def run(model):\n    for i in range(2):\n        with model.trace():\n            x = 1\n            {jump}\n"
+    )
     file = f"<jump {word}>"
     model = Model()
     namespace = _module(text, file, model)
@@ -287,7 +287,9 @@ def test_jumps_out_of_a_block_are_refused(jump: str, word: str) -> None:
 
 
 def test_loops_inside_a_block_may_jump() -> None:
-    text = "with model.trace():\n    for i in range(3):\n        if i: break\n    f = lambda: 1\n    def g(): return 2\n"
+    text = (
+        "with model.trace():\n    for i in range(3):\n        if i: break\n    f = lambda: 1\n    def g(): return 2\n"
+    )
     model = Model()
     _module(text, "<inner jump>", model)
     assert len(model.blocks) == 1

@@ -28,7 +28,7 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def at_the_top(model: Any) -> None:
     """Its docstring has a line
-at the left margin."""
+    at the left margin."""
     with model.trace("ä") as t:
         match t:  # HERE-match
             case 1:
@@ -52,7 +52,7 @@ class Holder:
         class Inner:  # HERE-class
             pass
 
-    attribute = lambda x: [x, (yield  x)]  # HERE-lambda  # noqa: E731
+    attribute = lambda x: [x, (yield x)]  # HERE-lambda  # noqa: E731
 
 
 @wrapped
@@ -62,7 +62,7 @@ def decorated(
     model: Any,
 ) -> None:
     try:
-        model = 1
+        print(model)
     except* ValueError:  # HERE-star
         pass
 
@@ -88,7 +88,7 @@ def diagnostics_of(call: Callable[[], Any]) -> tuple[Diagnostic, ...]:
         (at_the_top, "match", "match t:", "the match statement is not supported"),
         (makes_nested(), "yield", "yield model", "a generator function cannot be an experiment"),
         (Holder.method, "class", "class Inner:", "a class cannot be defined inside an experiment"),
-        (Holder.attribute, "lambda", "yield  x", "a generator function cannot be an experiment"),
+        (Holder.attribute, "lambda", "yield x", "a generator function cannot be an experiment"),
         (decorated, "star", "except* ValueError", "except* is not supported"),
     ],
 )
@@ -116,7 +116,9 @@ def test_carets_stand_under_the_construct() -> None:
 
 
 def test_all_mistakes_are_collected() -> None:
-    text = "def f(m):\n    class A: pass\n    if m:\n        match m:\n            case _: pass\n    await m\n    super()\n"
+    text = (
+        "def f(m):\n    class A: pass\n    if m:\n        match m:\n          case _: pass\n    await m\n    super()\n"
+    )
     found = diagnostics_of(lambda: lower_source(text, "many.py", first_line=100))
     assert [(each.span.line, each.span.column) for each in found] == [(101, 4), (103, 8), (105, 4), (106, 4)]
     assert all(each.span.file == "many.py" for each in found)
@@ -136,7 +138,10 @@ def test_all_mistakes_are_collected() -> None:
         ("from math import *", "star import"),
         ("super().x", "super()"),
         ("with m.trace() as t:\n        try: x = 1\n        finally: pass", "cannot surround part of a forward"),
-        ("with m.trace(), m.invoke():\n        for i in m:\n            try: x = 1\n            finally: pass", "cannot"),
+        (
+            "with m.trace(), m.invoke():\n        for i in m:\n            try: x = 1\n            finally: pass",
+            "cannot",
+        ),
         ("with m.backward() as b: pass", "no value to bind"),
         ("try: pass\n    except* E: pass", "except*"),
     ],

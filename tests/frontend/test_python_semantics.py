@@ -330,6 +330,14 @@ def nested_nonlocal(log):
         return deeper()
     return outer()(), x
 
+def deletes_nonlocal(log):
+    x = 1
+    def f():
+        nonlocal x
+        del x
+    f()
+    return x
+
 def globals_too(log):
     global COUNTER
     COUNTER = 5
@@ -869,7 +877,7 @@ def test_free_names_come_from_the_closure(interpret: Any) -> None:
     assert count == 3
 
 
-class __Mangled:  # noqa: N801  # leading underscores are part of the test
+class __Mangled:  # leading underscores are part of the test
     __secret = 1
 
     def method(self, __given: int = 2) -> Any:

@@ -23,9 +23,9 @@ def keep(*functions: Any) -> list[Any]:
 
 # fmt: off
 LAMBDAS: list[tuple[Callable[..., Any], int]] = [
-    (lambda: 10, 10), (lambda: 11, 11), (lambda x=1: 12, 12), (lambda: (13), 13), (lambda: ((
-        14)), 14), *[(f, 15) for f in [lambda: 15] if f], ({"k": lambda: 16}["k"], 16), (lambda x=lambda: 1: 17, 17),
-    ((lambda: lambda: 18)(), 18), ("ä", lambda: 19)[1:] + (19,), keep(lambda: 20, lambda: 21)[1:] + [21], # type: ignore
+    (lambda: 10, 10), (lambda: 11, 11), (lambda x=1: 12, 12), (lambda: (13), 13), (lambda: (
+        14), 14), *[(f, 15) for f in [lambda: 15] if f], ({"k": lambda: 16}["k"], 16), (lambda x=lambda: 1: 17, 17),
+    ((lambda: lambda: 18)(), 18), (("ä", lambda: 19)[1], 19), (keep(lambda: 20, lambda: 21)[1], 21),
     (lambda
         : 22, 22),
 ]
@@ -66,20 +66,23 @@ def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
 def outer() -> Any:
     kept = 1
     if kept:
+
         @decorator
         @decorator  # a comment
         def inner(x: int) -> int:
 
-# a comment at the margin
+            # a comment at the margin
             text = """
 def inner(x): not this
 """
             return kept + len(text) + x
             # a comment at the end
+
     return inner
 
 
-def one_liner(): return 40  # noqa: E704
+def one_liner():
+    return 40
 
 
 def follows() -> None:
@@ -101,7 +104,7 @@ def test_function_of_python_c() -> None:
     assert done.stdout == "f\n"
 
 
-TEXT = '''
+TEXT = """
 from nnsight_compiler import intervene as experiment
 import nnsight_compiler as nc
 
@@ -131,7 +134,7 @@ def plain(model, prompt):
 
 with model.generate("a") as t:
     h = model.x.output
-'''
+"""
 
 
 def test_file_is_read_without_being_run(tmp_path: Path) -> None:
