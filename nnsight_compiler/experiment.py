@@ -236,7 +236,9 @@ class _Intervene:
         scope = sys._getframe(1).f_globals if globals is None else globals
         program = lower_source(text, "<from_source>")
         made: dict[str, Any] = {}
-        exec(compile(inspect.cleandoc("\n" + text) if text[:1].isspace() else text, "<from_source>", "exec"), scope, made)
+        exec(
+            compile(inspect.cleandoc("\n" + text) if text[:1].isspace() else text, "<from_source>", "exec"), scope, made
+        )
         function = made[program.name]
         if isinstance(function, Experiment):
             function = function._function

@@ -18,7 +18,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, ExperimentError
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.traverse import used, walk
+from nnsight_compiler.ir.traverse import walk
 from nnsight_compiler.ir.values import NONE, Module, Operand, Value
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall
 from nnsight_compiler.passes.facts import (
@@ -127,7 +127,7 @@ class Calls:
             return self._length(op, function, plain[0], arguments)
         if value in (enumerate, zip, reversed) or getattr(value, "__name__", "") in SAME:
             self.specialiser.guards.rely_on_identity(function.fact)
-            return self._iteration(op, function, value, plain, keywords)
+            return self._iteration(op, function, value, plain, keywords, arguments)
         if value in (list, tuple) and len(plain) == 1:
             return self._sequence(op, function, value, plain[0], arguments)
         if value in (list, dict) and not arguments:
@@ -149,9 +149,11 @@ class Calls:
             folded = constant(result)
             if folded.operand is not None:
                 return folded
-            return self._kept(op, function, arguments, _target(value), known_function(value), Known(result))
+            return self._deferred(op, function, arguments, known_function(value), Known(result))
         spelled = ", ".join(fact.text if fact.text is not None else repr(fact.value) for fact in facts)
         fact = Known(result, f"{function.fact.text}({spelled})") if immutable(result) else None
+        if isinstance(result, range):
+            return self._deferred(op, function, arguments, known_function(value), fact)
         return self._kept(op, function, arguments, _target(value), known_function(value), fact)
 
     def _length(
@@ -178,7 +180,13 @@ class Calls:
         return kept
 
     def _iteration(
-        self, op: ops.Call, function: Abstract, value: Any, plain: list[Abstract], keywords: dict[Any, Abstract]
+        self,
+        op: ops.Call,
+        function: Abstract,
+        value: Any,
+        plain: list[Abstract],
+        keywords: dict[Any, Abstract],
+        arguments: list[tuple[ops.Argument, Abstract]],
     ) -> Abstract | None:
         name = getattr(value, "__name__", "")
         bases, start = tuple(plain), 0
@@ -192,26 +200,27 @@ class Calls:
         elif name == "trange" or not plain or (name == "tqdm" and len(plain) != 1):
             return None
         kind = "same" if name in SAME else name
-        loops = NO_LOOPS.union(*(base.loops for base in plain))
-        live = max((base.live for base in plain), default=0)
-        return Abstract(None, Iteration(kind, bases, start, op, dict(self._held(op))), loops, live, op.span)
+        return self._deferred(op, function, arguments, known_function(value), Iteration(kind, bases, start))
 
-    def _held(self, op: ops.Call) -> list[tuple[Value, Abstract]]:
-        return [(value, self.specialiser.scope[value]) for value in used(op)]
+    def _deferred(
+        self,
+        op: ops.Call,
+        function: Abstract,
+        arguments: list[tuple[ops.Argument, Abstract]],
+        known: KnownCall | None,
+        fact: Any,
+    ) -> Abstract:
+        """A call that is emitted only where its result is used as a value."""
 
-    def emit_iteration(self, fact: Iteration, call: ops.Call) -> Operand:
-        """The call that a transparent iterator stands for, emitted where the loop over it is kept."""
-        scope, self.specialiser.scope = self.specialiser.scope, {**self.specialiser.scope, **fact.held}
-        try:
-            function = self.specialiser.abstract(call.function)
-            arguments = [(argument, self.specialiser.abstract(argument.value)) for argument in call.arguments]
-            assert isinstance(function.fact, Known)
-            known = known_function(function.fact.value)
-            kept = self._kept(call, function, arguments, known.target if known else None, known)
-        finally:
-            self.specialiser.scope = scope
-        assert kept.operand is not None
-        return kept.operand
+        def make() -> Operand:
+            kept = self._kept(op, function, arguments, None if known is None else known.target, known)
+            assert kept.operand is not None
+            return kept.operand
+
+        loops = NO_LOOPS.union(*(abstract.loops for _, abstract in arguments))
+        live = max((abstract.live for _, abstract in arguments), default=0)
+        at_run = any(abstract.at_run for _, abstract in arguments)
+        return Abstract(None, fact, loops, live, self.specialiser.span(op), at_run, make)
 
     def _sequence(
         self,

@@ -8,13 +8,13 @@ guarded on: a new prompt does not recompile, a new layer number does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import CellType, FunctionType, ModuleType, NoneType
 from typing import Any, Protocol, TypeGuard
 from typing import Literal as OneOf
 
-from nnsight_compiler.ir.ops import Call, Closure
+from nnsight_compiler.ir.ops import Closure
 from nnsight_compiler.ir.span import NOWHERE, Span
 from nnsight_compiler.ir.values import Literal, Operand, Value
 
@@ -142,16 +142,11 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """`enumerate`, `zip`, `reversed`, `tqdm` of other values: transparent when iterated.
-
-    call: the call that makes it, emitted only where the iterator itself is needed; `held` are the values it mentions.
-    """
+    """`enumerate`, `zip`, `reversed`, `tqdm` of other values: transparent when iterated."""
 
     kind: OneOf["enumerate", "zip", "reversed", "same"]
     bases: tuple[Abstract, ...]
     start: int = 0
-    call: Call | None = None
-    held: Mapping[Value, Abstract] = field(default_factory=dict)
 
 
 Fact = Known | SiteModule | SiteCalls | Tracer | Elements | Method | Function | Iteration | None
@@ -161,7 +156,8 @@ Fact = Known | SiteModule | SiteCalls | Tracer | Elements | Method | Function | 
 class Abstract:
     """A value of the source program.
 
-    operand: what stands for it in the specialised program; `None` where nothing can (a function that touches the model).
+    operand: what stands for it in the specialised program; `None` where nothing can (a function that touches the model),
+        or where `make` emits it at each use, since a use may never come (`range(3)` of a loop that is unrolled).
     loops: the rolled loops that it changes with.
     live: 2 where it is a value of the model that was not saved, 1 where only the run can tell, 0 where it is not.
     at_run: whether it comes from a forward or from code that the compiler does not know, so that no unrolling helps.
@@ -173,6 +169,7 @@ class Abstract:
     live: int = 0
     span: Span = NOWHERE
     at_run: bool = False
+    make: Callable[[], Operand] | None = None
 
 
 @dataclass(frozen=True, slots=True)

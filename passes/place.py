@@ -21,7 +21,7 @@ Conditions and `with` contexts whose bodies touch several sites are split, one p
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -75,6 +75,8 @@ class _Entry:
     time: int = BEFORE
     changes: dict[str, Value] = field(default_factory=dict)
     """Values that it takes a copy of instead."""
+    follows: _Entry | None = None
+    """The call whose method it looks up: it runs where that runs."""
 
 
 class _Placement:
@@ -89,6 +91,7 @@ class _Placement:
             for value in definitions(forward.body):
                 self.homes[value.name] = forward.result.name
         self.used_outside = set(self._used_outside(program.body, ""))
+        self.uses = Counter(value.name for op in program.walk() for value in used(op))
 
     def run(self) -> Program:
         body = self._region(self.program.body)
@@ -142,12 +145,18 @@ class _Schedule:
         self.writers: dict[tuple[str, str, int | None], list[_Entry]] = defaultdict(list)
         self.places: dict[int, Place] = {}
         self.detached: set[str] = set()
+        self.originals: dict[int, Op] = {}
+        """For a loop that lost its reads, the op that the memory analysis knows."""
 
     def run(self) -> tuple[list[Op], ops.Forward]:
         self._flatten(self.forward.body.ops, ())
         self._depend()
         for entry in self.entries:
-            self._time(entry)
+            if entry.follows is None:
+                self._time(entry)
+        for entry in self.entries:
+            if entry.follows is not None:
+                entry.time = entry.follows.time
         self._copy()
         slots: dict[int, list[_Entry]] = defaultdict(list)
         for entry in sorted(self.entries, key=lambda each: each.order):
@@ -197,7 +206,7 @@ class _Schedule:
 
     def _hoisted(self, op: ops.For | ops.While, frames: tuple[_Frame, ...]) -> ops.For | ops.While:
         """The loop without its reads of sites that it does not write: those are made once, before it."""
-        sites = {self._place(root, op.span) for root in self._sites(self.memory.writes(op))}
+        sites = self._changed(op)
         if len(sites) > 1:
             first, second = sorted(sites, key=lambda site: site.time)[:2]
             raise CompileError(
@@ -224,18 +233,8 @@ class _Schedule:
         for read in moved:
             self._add(read, frames)
         if hoisted is not op:
-            self._alias(op, hoisted)
+            self.originals[id(hoisted)] = op
         return hoisted
-
-    def _alias(self, old: Op, new: Op) -> None:
-        """Lets the memory analysis answer for a loop that lost its reads as it did before."""
-        self.originals[id(new)] = old
-
-    @property
-    def originals(self) -> dict[int, Op]:
-        if not hasattr(self, "_originals"):
-            self._originals: dict[int, Op] = {}
-        return self._originals
 
     # --- what must come before what ---
 
@@ -245,7 +244,12 @@ class _Schedule:
         for entry in self.entries:
             for value in self._uses(entry):
                 maker = self.makers.get(value.name)
-                if maker is not None and maker is not entry:
+                if maker is None or maker is entry:
+                    continue
+                if self._looks_up(maker, entry, value):
+                    maker.follows = entry
+                    entry.needs.extend(maker.needs)
+                else:
                     entry.needs.append(maker)
             for frame in entry.frames:
                 operand = frame.op.condition if isinstance(frame.op, ops.If) else frame.op.context
@@ -264,6 +268,16 @@ class _Schedule:
                 if key in last:
                     entry.needs.append(last[key])
                 since[key].append(entry)
+
+    def _looks_up(self, maker: _Entry, entry: _Entry, value: Value) -> bool:
+        """Whether an entry only looks up the method that a call calls, for that call alone."""
+        return (
+            isinstance(maker.op, ops.Attribute)
+            and isinstance(entry.op, ops.Call)
+            and entry.op.function == value
+            and entry.frames == maker.frames
+            and self.placement.uses[value.name] == 1
+        )
 
     def _uses(self, entry: _Entry) -> Iterator[Value]:
         op = entry.op
@@ -289,9 +303,9 @@ class _Schedule:
             match inner:
                 case ops.Call():
                     known = self.memory.origins.known(inner)
-                    if known is None and not isinstance(inner.function, Module):
-                        writes.add("effects")
-                    elif known is not None and known.behaviour is Behaviour.HARMLESS:
+                    if (known is None and not isinstance(inner.function, Module)) or (
+                        known is not None and known.behaviour is Behaviour.HARMLESS
+                    ):
                         writes.add("effects")
                     elif known is not None and known.random:
                         writes.add("random")
@@ -312,7 +326,7 @@ class _Schedule:
     def _time(self, entry: _Entry) -> None:
         op = self.originals.get(id(entry.op), entry.op)
         if not entry.merge:
-            entry.pin = self._pin(op)
+            entry.pin = self._pin(entry, op)
         entry.time = max((need.time for need in entry.needs), default=BEFORE)
         if entry.pin is None:
             return
@@ -320,17 +334,15 @@ class _Schedule:
             self._refuse(entry)
         entry.time = entry.pin.time
 
-    def _pin(self, op: Op) -> Place | None:
+    def _pin(self, entry: _Entry, op: Op) -> Place | None:
         """The site at which an op must run: the one that it reads or writes."""
         if isinstance(op, (ops.Read, ops.Write, ops.Skip)):
             found = place_of(op, self.order)
             self.places[found.time] = found
             if not isinstance(op, ops.Read):
-                self.writers[found.path, found.port, found.call].append(self._entry_of(op))
+                self.writers[found.path, found.port, found.call].append(entry)
             return found
-        inner = [op, *(each for part in regions(op) for each in walk(part))]
-        changing = any(isinstance(each, (ops.Write, ops.Skip)) or in_place(each, self.memory) for each in inner)
-        sites = {self._place(root, op.span) for root in self._sites(self.memory.writes(op))} if changing else set()
+        sites = self._changed(op)
         if not sites:
             return None
         if len(sites) > 1:
@@ -345,11 +357,36 @@ class _Schedule:
                 ]
             )
         (site,) = sites
-        self.writers[site.path, site.port, site.call].append(self._entry_of(op))
+        self.writers[site.path, site.port, site.call].append(entry)
         return site
 
-    def _entry_of(self, op: Op) -> _Entry:
-        return next(each for each in reversed(self.entries) if self.originals.get(id(each.op), each.op) is op)
+    def _changed(self, op: Op) -> set[Place]:
+        """The sites whose values an op changes by name. What other sites may share with them does not count: between
+        sites the order of the forward rules."""
+        inner = [op, *(each for part in regions(op) for each in walk(part))]
+        changing = [each for each in inner if isinstance(each, (ops.Write, ops.Skip)) or in_place(each, self.memory)]
+        if not changing:
+            return set()
+        if any(self.memory.calls_closures(each) for each in inner):
+            roots = self.memory.writes(op)
+        else:
+            roots = frozenset().union(*map(self._targets, changing))
+        return {self._place(root, op.span) for root in self._sites(roots)}
+
+    def _targets(self, op: Op) -> frozenset[Root]:
+        """The storages that an op changes by name."""
+        match op:
+            case ops.SetItem(object=base) | ops.SetAttribute(object=base) | ops.Delete(object=base):
+                return self.memory.roots(base)
+            case ops.Operator(operands=parts):
+                return self.memory.roots(parts[0])
+            case ops.Call():
+                known = self.memory.origins.known(op)
+                assert known is not None
+                changed = self.memory.origins.at(op, known.mutates)
+                of = self.memory.roots if known.behaviour is Behaviour.CONTAINER else self.memory.reachable
+                return frozenset().union(*(of(argument.value) for argument in changed))
+        return self.memory.writes(op)
 
     def _refuse(self, entry: _Entry) -> NoReturn:
         """The error of a write that needs what only a later site gives: both lines, and the way between them."""

@@ -42,7 +42,6 @@ from nnsight_compiler.passes.facts import (
     Function,
     Guard,
     Guards,
-    Iteration,
     Known,
     SiteCalls,
     SiteModule,
@@ -236,8 +235,8 @@ class Specialiser:
     def use(self, value: Abstract) -> Operand:
         """The operand by which the specialised program refers to a value."""
         if value.operand is None:
-            if isinstance(value.fact, Iteration) and value.fact.call is not None:
-                return self.evaluate.calls.emit_iteration(value.fact, value.fact.call)
+            if value.make is not None:
+                return value.make()
             if isinstance(value.fact, Elements) and value.fact.kind == "tuple" and value.fact.items is not None:
                 return Tuple(tuple(map(self.use, value.fact.items)))
             self.fail(value.span, "this touches the model and cannot be handed on as a value", "call it by name here")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TypeGuard, assert_never
 
 from nnsight_compiler.ir.errors import IRError
 from nnsight_compiler.ir.ops import (
@@ -19,15 +18,13 @@ from nnsight_compiler.ir.ops import (
     Global,
     Item,
     Load,
-    Op,
     Operator,
-    Store,
 )
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
 from nnsight_compiler.runtime import support
+from nnsight_compiler.runtime.cells import study_cells
 from nnsight_compiler.runtime.names import Names
 from nnsight_compiler.runtime.trees import (
     BINARY,
@@ -76,7 +73,7 @@ class Expressions:
         self.prelude: list[ast.stmt] = []
         self._accessors: dict[tuple[str, str, str], str] = {}
         self._constant_names: dict[int, str] = {}
-        self._never_empty = _cells_that_are_never_empty(program)
+        self.cells = study_cells(program, names.cells)
         self.moved: dict[str, ast.expr] = {}
         self.scopes: list[Scope] = []
 
@@ -190,6 +187,8 @@ class Expressions:
                 made = self.constant("Cell", support.Cell)
                 return ast.Call(func=made, args=[self.operand(initial, span)], keywords=[])
             case Load(cell=cell):
+                if self.plain_cell(cell):
+                    return load(self.names[cell])
                 return ast.Attribute(value=self.operand(cell, span), attr="value", ctx=ast.Load())
             case Attribute(object=owner, name=name):
                 return ast.Attribute(value=self.operand(owner, span), attr=name, ctx=ast.Load())
@@ -207,9 +206,13 @@ class Expressions:
             case _:
                 assert_never(op)
 
+    def plain_cell(self, cell: Operand) -> TypeGuard[Value]:
+        """Whether a cell is a Python variable."""
+        return isinstance(cell, Value) and cell.name in self.cells.plain
+
     def looks_first(self, op: Load) -> bool:
-        """Whether the cell that is loaded may be empty."""
-        return not (isinstance(op.cell, Value) and op.cell.name in self._never_empty)
+        """Whether the cell that is loaded may be empty, and Python would not tell."""
+        return not (isinstance(op.cell, Value) and op.cell.name in self.cells.full | self.cells.plain)
 
     def _display(self, op: Build, span: Span) -> ast.expr:
         if op.kind == "dict":
@@ -278,25 +281,3 @@ def _literal(value: object) -> ast.expr:
         assert isinstance(value, int | float)
         return ast.UnaryOp(op=ast.USub(), operand=ast.Constant(-value))
     return ast.Constant(value)  # type: ignore[arg-type]  # the verifier admits nothing else
-
-
-def _cells_that_are_never_empty(program: Program) -> frozenset[str]:
-    """The cells that start with a value and lose it nowhere."""
-    full, other = set[str](), set[str]()
-    for op in program.walk():
-        match op:
-            case Cell(result=result, initial=initial) if not isinstance(initial, Unbound):
-                full.add(result.name)
-            case Store(cell=Value(name=name), value=Unbound()):
-                other.add(name)
-            case Load(cell=Value()):
-                pass
-            case _:
-                other.update(value.name for value in _escaping(op))
-    return frozenset(full - other)
-
-
-def _escaping(op: Op) -> Iterator[Value]:
-    """The values that an op may hand on under another name."""
-    kept = op.cell.name if isinstance(op, Store) and isinstance(op.cell, Value) else None
-    yield from (value for value in used(op) if value.name != kept)

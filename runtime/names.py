@@ -7,7 +7,7 @@ import keyword
 import re
 from collections.abc import Iterable
 
-from nnsight_compiler.ir.ops import Closure, Global, SetGlobal
+from nnsight_compiler.ir.ops import Cell, Closure, Global, SetGlobal
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.runtime.regions import stem
@@ -29,6 +29,7 @@ class Names:
     gets the name of a parameter, of a global or free variable that the program mentions, of a builtin, a keyword, or
     one of `reserved`.
 
+    cells: the identifiers of cells, by the names of their values.
     outside: the names that the program takes from around it, each with where it belongs (`global`, `free`).
     """
 
@@ -49,6 +50,8 @@ class Names:
                 self._found[parameter.value.name] = name
                 self._taken.add(name)
 
+        self.cells = {op.result.name: self.fresh(op.name) for op in program.walk() if isinstance(op, Cell)}
+        self._found.update(self.cells)
         for group in shared_variables(program):
             known = next((self._found[name] for name in group if name in self._found), None)
             identifier = self.fresh(stem(group[0])) if known is None else known

@@ -55,6 +55,7 @@ class _Generator(Statements):
         self.state = self.names.temporary("state")
         self.crossing = _crossing(program)
         self.reads: dict[str, str] = {}
+        self.direct: set[str] = set()
         self.in_site = False
         self.forwards: dict[int, Forward] = {}
 
@@ -137,7 +138,9 @@ class _Generator(Statements):
             return [ast.Expr(value=call)]
         assert isinstance(op.object, Value)
         setter = support.set_item if port == "output" else support.set_first_item
-        made = ast.Call(func=self.constant(setter.__name__, setter), args=[self._value(), held, index, new], keywords=[])
+        made = ast.Call(
+            func=self.constant(setter.__name__, setter), args=[self._value(), held, index, new], keywords=[]
+        )
         targets = ast.Tuple(elts=[self._value(ast.Store()), self.target(op.object)], ctx=ast.Store())
         return [ast.Assign(targets=[targets], value=made)]
 
@@ -147,6 +150,8 @@ class _Generator(Statements):
                 return self._forward(op)
             case Read(result=result, port=port):
                 self.reads[result.name] = port
+                if result.name in self.direct:
+                    return []
                 source: ast.expr = self._value()
                 if port == "input":
                     getter = self.constant("first_argument", support.first_argument)
@@ -181,13 +186,22 @@ class _Generator(Statements):
 
     def _site(self, at: At) -> ast.FunctionDef:
         """The function at a site."""
-        name = self.names.fresh(f"{at.module.path or 'model'}.{at.port}")
+        name = self.names.fresh(f"at.{at.module.path}.{at.port}" if at.module.path else f"at.{at.port}")
         self.in_site = True
+        if not any(isinstance(op, (Write, SetItem)) for op in walk(at.body)):
+            self._read_directly(at)
         parameters = (Parameter(self.value), Parameter(self.state))
         made = self.define(name, self.program.name, parameters, at.body, at.span)
         made.body.append(locate(ast.Return(value=self._value()), at.span))
         self.in_site = False
         return made
+
+    def _read_directly(self, at: At) -> None:
+        """Has the reads of a site that is not written stand for its value, without a variable of their own."""
+        for op in walk(at.body):
+            if isinstance(op, Read) and op.port != "input" and op.result.name not in self.crossing:
+                self.names.give(op.result, self.names[self.value])
+                self.direct.add(op.result.name)
 
 
 def _arguments(arguments: tuple[Argument, ...], statements: Statements) -> tuple[ast.expr, ast.expr]:
@@ -215,9 +229,7 @@ def _crossing(program: Program) -> dict[str, Value]:
     home: dict[str, object] = {parameter.value.name: None for parameter in program.parameters}
     for where, value in _definitions(program.body, None):
         home[value.name] = where
-    return {
-        value.name: value for where, value in _uses(program.body, None) if home.get(value.name, where) is not where
-    }
+    return {value.name: value for where, value in _uses(program.body, None) if home.get(value.name, where) is not where}
 
 
 def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]]:

@@ -63,7 +63,7 @@ from nnsight_compiler.ir.ops import (
     Yield,
 )
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.values import Value
+from nnsight_compiler.ir.values import Operand, Unbound, Value
 from nnsight_compiler.runtime import support
 from nnsight_compiler.runtime.control import Control
 from nnsight_compiler.runtime.trees import BINARY, load, place, reads
@@ -88,14 +88,14 @@ class Statements(Control):
                 return self._checked(result, self.operand(value, span), name, support.unbound, span)
             case Operator(in_place=True):
                 return self._augmented(op)
+            case Cell(result=cell, initial=initial) if self.plain_cell(cell):
+                return self._variable(cell, initial, span)
             case Global() | Cell() | Load() | Attribute() | Item() | Build() | Format() | Operator() | Call():
                 return self.expression(op, span)
             case SetGlobal():
                 return self._set_global(op)
-            case Store(cell=cell, value=value):
-                stored = self.operand(value, span)
-                held = ast.Attribute(value=self.operand(cell, span), attr="value", ctx=ast.Store())
-                return [ast.Assign(targets=[held], value=stored)]
+            case Store():
+                return self._store(op)
             case Import():
                 return self._import(op)
             case SetAttribute(object=owner, name=name, value=value):
@@ -186,6 +186,29 @@ class Statements(Control):
             return [ast.Expr(value=ast.Call(func=setter, args=[value], keywords=[]))]
         self.scopes[-1].declared[op.name] = op.scope
         return [ast.Assign(targets=[ast.Name(op.name, ast.Store())], value=value)]
+
+    def _variable(self, cell: Value, initial: Operand, span: Span) -> list[ast.stmt]:
+        """The start of a cell that is a Python variable. One that only closures assign has to be declared."""
+        variable = ast.Name(self.names[cell], ast.Store())
+        if not isinstance(initial, Unbound):
+            return [ast.Assign(targets=[variable], value=self.operand(initial, span))]
+        if cell.name in self.cells.declared:
+            return [ast.AnnAssign(target=variable, annotation=load("object"), value=None, simple=1)]
+        return []
+
+    def _store(self, op: Store) -> list[ast.stmt]:
+        value = self.operand(op.value, op.span)
+        if not self.plain_cell(op.cell):
+            held = ast.Attribute(value=self.operand(op.cell, op.span), attr="value", ctx=ast.Store())
+            return [ast.Assign(targets=[held], value=value)]
+        name = self.names[op.cell]
+        scope = self.scopes[-1]
+        if op.cell.name in scope.captured:
+            scope.declared[name] = "free"
+        if isinstance(op.value, Unbound):  # it may be empty already, which `del` would not pass over
+            emptied = ast.Delete(targets=[ast.Name(name, ast.Del())])
+            return [ast.Assign(targets=[ast.Name(name, ast.Store())], value=ast.Constant(None)), emptied]
+        return [ast.Assign(targets=[ast.Name(name, ast.Store())], value=value)]
 
     def _import(self, op: Import) -> list[ast.stmt]:
         name, after = self.named_target(op.result)
