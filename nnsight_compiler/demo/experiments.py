@@ -4,6 +4,9 @@ import torch
 
 from nnsight_compiler import intervene
 
+# A trace looks for its block in the nearest frame outside of this package: to it, this file is a user's.
+__name__ = "demo_experiments"
+
 
 def first_example(model):
     with model.trace("The Eiffel Tower is in the city of "):  # undecorated: a script, a notebook
@@ -33,15 +36,18 @@ def patch(model, clean, corrupt, layer, position):
 
 @intervene
 def logit_lens(model, prompt):
+    logits = []
     with model.trace(prompt):
-        logits = [model.lm_head(model.ln_final(layer.output[0, -1])) for layer in model.layers]
+        for layer in model.layers:
+            hidden = model.ln_final(layer.output[0, -1])
+            logits.append(model.lm_head(hidden))
     return torch.stack(logits).softmax(-1)
 
 
 @intervene
-def patching_sweep(model, clean, corrupt, answer, other, advance):
+def patching_sweep(model, clean, corrupt, positions, answer, other, advance):
     with model.trace(clean):
-        streams = [layer.output for layer in model.layers]
+        streams = [layer.input for layer in model.layers]
         logits = model.lm_head.output[0, -1]
     best = logits[answer] - logits[other]
     with model.trace(corrupt):
@@ -50,10 +56,12 @@ def patching_sweep(model, clean, corrupt, answer, other, advance):
 
     restored = torch.zeros(len(model.layers), streams[0].shape[1])
     for layer in range(len(model.layers)):
-        for position in range(streams[0].shape[1]):
+        for position in positions:
             with model.trace(corrupt):
-                model.layers[layer].output[:, position] = streams[layer][:, position]
+                stream = streams[layer][:, position]
+                model.layers[layer].input[:, position] = stream
                 logits = model.lm_head.output[0, -1]
-            restored[layer, position] = (logits[answer] - logits[other] - worst) / (best - worst)
+            patched = logits[answer] - logits[other]
+            restored[layer, position] = (patched - worst) / (best - worst)
             advance()
     return restored

@@ -54,7 +54,7 @@ class HeatMap:
             for value in row:
                 background = colour(value)
                 style = Style(color=_rgb(_ink_on(background)), bgcolor=_rgb(background), bold=False)
-                text.append(f"{100 * value:.0f}".center(cell), style=style)
+                text.append(str(round(100 * value)).center(cell), style=style)
         return text
 
     def image(self) -> Image.Image:
@@ -81,7 +81,9 @@ class HeatMap:
                 fill = colour(value)
                 draw.rectangle((x, y, x + cell_width - 2, y + cell_height - 2), fill)
                 centre = (x + cell_width // 2 - 1, y + cell_height // 2 - 1)
-                draw.text(centre, f"{value:.2f}", _ink_on(fill), ImageFont.load_default(size=12), anchor="mm")
+                draw.text(
+                    centre, f"{round(value, 2) + 0.0:.2f}", _ink_on(fill), ImageFont.load_default(size=12), anchor="mm"
+                )
         draw.text((left + width // 2, top + height + gap), self.column_title, INK, font, anchor="mt")
         row_title = _rotated(self.row_title, font)
         image.paste(INK, (gap, top + (height - row_title.height) // 2), row_title)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def show_logit_lens(console: Console, model: LanguageModel) -> None:
     table = Table("layer", "most likely", "P", "P(' Paris')", "", box=None, padding=(0, 2))
     for layer, row in enumerate(probabilities):
         top = int(row.argmax())
-        bar = "█" * round(30 * float(row[answer]))
+        bar = "█" * round(24 * float(row[answer]))
         word = repr(model.tokenizer.decode([top]))
         table.add_row(str(layer), word, f"{row[top]:.3f}", f"{row[answer]:.4f}", f"[green]{bar}[/]")
     console.print(table)
@@ -157,15 +158,17 @@ def show_sweep(console: Console, model: LanguageModel, picture: Path) -> None:
     code(console, experiments.patching_sweep)
     console.print(f"clean   = {GIVER!r}\ncorrupt = {OTHER_GIVER!r}\n", highlight=False)
     labels, rows = tokens(model, OTHER_GIVER), len(model.layers)
+    # Before the first token that differs, both runs hold the same values: patching there changes nothing.
+    pairs = zip(tokens(model, GIVER), labels, strict=True)
+    positions = range(next(index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), len(labels))
     answer, other = token_id(model, " Mary"), token_id(model, " John")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("patching", total=rows * len(labels))
-        restored = experiments.patching_sweep(
-            model, GIVER, OTHER_GIVER, answer, other, partial(progress.advance, task)
-        ).tolist()
+        task = progress.add_task("patching", total=rows * len(positions))
+        advance = partial(progress.advance, task)
+        restored = experiments.patching_sweep(model, GIVER, OTHER_GIVER, positions, answer, other, advance).tolist()
     heat_map = HeatMap(
-        title="Activation patching: share of the logit difference that is restored",
+        title="Activation patching: share of the logit difference restored",
         row_title="layer",
         column_title="position (token of the corrupted prompt)",
         scale_title="share restored",
@@ -174,11 +177,12 @@ def show_sweep(console: Console, model: LanguageModel, picture: Path) -> None:
         values=tuple(map(tuple, restored)),
     )
     console.print(
-        "The residual stream of the clean run, put into the corrupted run at one layer and position at a time."
+        "What goes into a layer at a position, taken from the clean run and put into the corrupted one: how much it\n"
+        f"restores of the logit difference Mary − John, in percent. Before position {positions[0]} the prompts are equal.\n",
+        highlight=False,
     )
-    console.print("Percent of the logit difference ' Mary' − ' John' that this restores:\n", highlight=False)
     console.print(heat_map.text(console.width))
-    console.print(f"\n{reading(restored, labels)}", highlight=False)
+    console.print(f"\n{reading(restored, labels)}", highlight=False, markup=False)
     heat_map.write_png(picture)
 
 
@@ -187,12 +191,13 @@ def reading(restored: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
     position = max(range(len(labels)), key=lambda column: restored[0][column])
     lasting = [layer for layer, row in enumerate(restored) if row[position] > 0.5]
     arrived = [layer for layer, row in enumerate(restored) if row[-1] > 0.5]
-    if position == len(labels) - 1 or not lasting or not arrived:
-        return f"The largest share, {max(map(max, restored)):.0%}, is nowhere carried by one position for long."
+    if not lasting or not arrived:
+        return f"No single position carries the answer; the most that one restores is {max(map(max, restored)):.0%}."
     share = max(row[position] for row in restored)
     return (
-        f"Up to layer {lasting[-1]}, what decides is at '{labels[position]}' (position {position}): its residual stream"
-        f" alone restores {share:.0%}.\nFrom layer {arrived[0]} on it is at the last token: attention has moved it."
+        f"Going into the layers up to {lasting[-1]}, what decides is at '{labels[position]}' (position {position}), which"
+        f" alone restores {share:.0%}.\nGoing into layer {arrived[0]} and later, it is at the last token,"
+        f" '{labels[-1]}': attention has moved it there."
     )
 
 
@@ -222,15 +227,16 @@ def code(console: Console, function: Callable[..., Any]) -> None:
 
 
 def listing(console: Console, text: str) -> None:
-    """Text as it is, wide lines and all, so that it can be copied."""
-    console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+    """A program as it is, wide lines and all, but for the folder of the file that its comments name."""
+    folder = f"{Path(experiments.__file__).parent}{os.sep}"
+    console.print(text.rstrip().replace(folder, ""), markup=False, highlight=False, soft_wrap=True)
 
 
 def described(tensor: Any) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-def likely(model: LanguageModel, probabilities: Any, count: int = 4) -> str:
+def likely(model: LanguageModel, probabilities: Any, count: int = 3) -> str:
     """The most likely tokens with their probabilities."""
     values, indices = probabilities.topk(count)
     pairs = zip(values.tolist(), indices.tolist(), strict=True)
