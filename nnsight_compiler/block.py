@@ -10,6 +10,7 @@ import ctypes
 import dis
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NoReturn, final
@@ -51,18 +52,32 @@ class Unsaved:
         )
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_repr_") or name.startswith("_ipython_") or name == "__torch_function__":
+        if name.startswith("_repr_") or name.startswith("_ipython_"):
             raise AttributeError(name)
         self._refuse()
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        next(each for each in _parts((args, kwargs)) if isinstance(each, Unsaved))._refuse()
 
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value, and what is in it where it is a tuple, list or dict."""
+    yield value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    for each in inner:
+        yield from _parts(each)
+
+
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "matmul", "pow", "and", "or", "xor", "lshift",
+               "rshift")  # fmt: skip
 for _name in (
-    "__setattr__", "__getitem__", "__setitem__", "__delitem__", "__len__", "__iter__", "__contains__", "__call__",
-    "__bool__", "__float__", "__int__", "__index__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__",
-    "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__matmul__",
-    "__rmatmul__", "__pow__", "__neg__", "__abs__", "__and__", "__or__", "__xor__", "__invert__", "__array__",
-    "__iadd__", "__isub__", "__imul__", "__itruediv__", "__hash__", "__format__", "__mod__", "__floordiv__",
-):  # fmt: skip
+    *(f"__{kind}{name}__" for name in _ARITHMETIC for kind in ("", "r", "i")),
+    *(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "round", "hash")),
+    *(f"__{name}__" for name in ("bool", "float", "int", "complex", "index", "str", "format", "bytes", "array")),
+    *(f"__{name}__" for name in ("len", "iter", "next", "reversed", "contains", "getitem", "setitem", "delitem")),
+    *(f"__{name}__" for name in ("call", "enter", "exit", "setattr", "delattr", "copy", "deepcopy", "reduce_ex")),
+):
     setattr(Unsaved, _name, Unsaved._refuse)
 
 
@@ -103,10 +118,10 @@ class Trace:
         frame = sys._getframe(1)
         site = _site(frame)
         values, given = self._arguments(site, frame)
-        compiled = site.cache.get(values, given, None)
+        compiled = site.cache.get(values, given)
         results = compiled.plan.run(*values)
         exported = _exported(site.block, compiled, results)
-        self._skip(frame, site.block, exported)
+        self._skip(frame, exported)
         return self
 
     def __exit__(
@@ -129,18 +144,28 @@ class Trace:
         given = {name: value for name, value in zip(names, values, strict=True) if value is not UNBOUND}
         return values, given
 
-    def _skip(self, frame: FrameType, block: Block, exported: dict[str, Any]) -> None:
-        """Hands over what the block assigned, and has Python leave the body at its first line."""
+    def _skip(self, frame: FrameType, exported: dict[str, Any]) -> None:
+        """Hands over what the block assigned, and has Python leave the body before its first instruction.
+
+        The instruction that binds `as tracer` is the last that the `with` surely covers, so the name is bound here.
+        """
+        target = _following(frame.f_code, frame.f_lasti)
+        if target is not None and target.opname.startswith("STORE_"):
+            name = target.argval[0] if isinstance(target.argval, tuple) else target.argval
+            if target.opname == "STORE_GLOBAL":
+                frame.f_globals[name] = self
+            elif target.opname != "STORE_ATTR":
+                exported = {**exported, name: self}
         _write(frame, exported)
         self._before = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
 
         def leave(frame: FrameType, event: str, argument: Any) -> Any:
-            if event not in ("line", "opcode"):
-                return leave
-            raise _Skip
+            if event == "opcode":
+                raise _Skip
+            return leave
 
         frame.f_trace = leave
-        frame.f_trace_opcodes = block.same_line
+        frame.f_trace_opcodes = True
         sys.settrace(lambda *_: None)
 
 
@@ -186,12 +211,17 @@ def _write(frame: FrameType, values: dict[str, Any]) -> None:
         ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(1))
 
 
-def _opens_with(frame: FrameType) -> bool:
-    """Whether the call that a frame is making is the context of a `with`: the next instruction that is not padding
-    enters it."""
-    code = frame.f_code
+def _following(code: CodeType, offset: int) -> dis.Instruction | None:
+    """The instruction that runs after the one at an offset."""
     for instruction in dis.get_instructions(code):
-        if instruction.offset <= frame.f_lasti or instruction.opname in ("CACHE", "NOP", "EXTENDED_ARG"):
-            continue
-        return instruction.opname in ("BEFORE_WITH", "COPY", "LOAD_SPECIAL")
-    return False
+        if instruction.offset > offset and instruction.opname not in ("CACHE", "NOP", "EXTENDED_ARG"):
+            return instruction
+    return None
+
+
+def _opens_with(frame: FrameType) -> bool:
+    """Whether the call that a frame is making is the context of a `with`: what follows enters it."""
+    following = _following(frame.f_code, frame.f_lasti)
+    if following is not None and following.opname == "COPY":  # since 3.14
+        following = _following(frame.f_code, following.offset)
+    return following is not None and following.opname in ("BEFORE_WITH", "LOAD_SPECIAL")
