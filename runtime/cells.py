@@ -7,7 +7,7 @@
     store %c = %1
 
 A cell that is made once in a run of its function, and only loaded and stored, in it or in closures, is a variable of
-that function. If it may be empty it also needs its own name, which Python tells when a variable has no value. A cell that
+that function. If it may be empty it also needs its own name, which Python tells when it has no value. A cell that
 a loop makes anew stays a box if a closure may keep an old one, and so does one in which a forward takes part.
 """
 
