@@ -67,6 +67,10 @@ class Memory:
         """The operand's roots and, for what may be a container or an object, all that they hold."""
         return self._points_to.reachable(operand)
 
+    def named(self, operand: Operand) -> Roots:
+        """What is reachable without asking what a site may be besides itself."""
+        return self._points_to.named(operand)
+
     def reads(self, op: Op) -> Roots:
         """The storages whose contents the op, or anything in its regions, may look at."""
         return self._effect(op, writes=False)

@@ -35,7 +35,7 @@ from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.substitute import substitute
-from nnsight_compiler.ir.traverse import defined, definitions, regions, rewrite, used, walk
+from nnsight_compiler.ir.traverse import defined, definitions, operands, regions, rewrite, used, walk
 from nnsight_compiler.ir.values import UNBOUND, Module, Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.memory import Fresh, Memory, Name, Root, Site
@@ -145,6 +145,7 @@ class _Schedule:
         self.writers: dict[tuple[str, str, int | None], list[_Entry]] = defaultdict(list)
         self.places: dict[int, Place] = {}
         self.detached: set[str] = set()
+        self.entered: dict[Root, int] = {}
         self.originals: dict[int, Op] = {}
         """For a loop that lost its reads, the op that the memory analysis knows."""
 
@@ -239,6 +240,7 @@ class _Schedule:
     # --- what must come before what ---
 
     def _depend(self) -> None:
+        self.entered = self._entered()
         last: dict[object, _Entry] = {}
         since: dict[object, list[_Entry]] = defaultdict(list)
         for entry in self.entries:
@@ -297,8 +299,9 @@ class _Schedule:
     def _touched(self, op: Op) -> tuple[set[object], set[object]]:
         """What an op reads and writes besides sites: storages of the program's, and the world outside."""
         op = self.originals.get(id(op), op)
-        reads = {_key(root) for root in self.memory.reads(op) if not isinstance(root, Site)}
-        writes = {_key(root) for root in self.memory.writes(op) if not isinstance(root, Site)}
+        later = self._later(op)
+        reads = {_key(root) for root in self.memory.reads(op) - later if not isinstance(root, Site)}
+        writes = {_key(root) for root in self.memory.writes(op) - later if not isinstance(root, Site)}
         for inner in (op, *(each for part in regions(op) for each in walk(part))):
             match inner:
                 case ops.Call():
@@ -312,6 +315,39 @@ class _Schedule:
                 case ops.Raise() | ops.Import() | ops.SetGlobal() | ops.Unpack() | ops.Bound():
                     writes.add("effects") if not isinstance(inner, (ops.Unpack, ops.Bound)) else reads.add("effects")
         return reads, writes
+
+    def _later(self, op: Op) -> frozenset[Root]:
+        """Storages that the model is given only after the sites of an op: no value there can be one of them."""
+        if not self.entered:
+            return frozenset()
+        inner = [op, *(each for part in regions(op) for each in walk(part))]
+        if any(self.memory.calls_closures(each) for each in inner):
+            return frozenset()
+        named = frozenset().union(*(self.memory.named(each) for part in inner for each in operands(part)))
+        sites = [self._place(root, op.span).time for root in self._sites(named)]
+        return frozenset(
+            root for root, time in self.entered.items() if root not in named and time > max(sites, default=BEFORE)
+        )
+
+    def _entered(self) -> dict[Root, int]:
+        """The storages of the program's that the model is given in this forward, and when first."""
+        entered: dict[Root, int] = {}
+        given: list[tuple[Operand, int]] = [(each.value, BEFORE) for each in self.forward.arguments]
+        for op in walk(self.forward.body):
+            if isinstance(op, (ops.Write, ops.Skip)):
+                given.append((op.value, place_of(op, self.order).time))
+            elif isinstance(op, (ops.SetItem, ops.SetAttribute)):
+                sites = self._sites(self.memory.named(op.object))
+                given.extend((op.value, self._place(site, op.span).time) for site in sites)
+            elif isinstance(op, ops.Call) and self._sites(
+                self._targets(op) if in_place(op, self.memory) else frozenset()
+            ):
+                given.extend((argument.value, BEFORE) for argument in op.arguments)
+        for operand, time in given:
+            for root in self.memory.named(operand):
+                if not isinstance(root, Site):
+                    entered[root] = min(time, entered.get(root, time))
+        return entered
 
     # --- times ---
 
@@ -384,7 +420,7 @@ class _Schedule:
                 known = self.memory.origins.known(op)
                 assert known is not None
                 changed = self.memory.origins.at(op, known.mutates)
-                of = self.memory.roots if known.behaviour is Behaviour.CONTAINER else self.memory.reachable
+                of = self.memory.roots if known.behaviour is Behaviour.CONTAINER else self.memory.named
                 return frozenset().union(*(of(argument.value) for argument in changed))
         return self.memory.writes(op)
 
@@ -428,9 +464,9 @@ class _Schedule:
                 entry.changes[value.name] = self._copied(value, entry.order[0])
         for name in self.placement.used_outside:
             if name in self.makers and self.placement.homes.get(name) == self.forward.result.name:
-                value = self._value(name)
-                if value is not None and self._live(value):
-                    self.placement.leaving[name] = self._copied(value, len(self.entries) + len(self.copies))
+                left = self._value(name)
+                if left is not None and self._live(left):
+                    self.placement.leaving[name] = self._copied(left, len(self.entries) + len(self.copies))
 
     def _value(self, name: str) -> Value | None:
         op = self.makers[name].op

@@ -91,6 +91,18 @@ class PointsTo:
             return self.spread(self.roots(operand))
         return self.reach(self.roots(operand))
 
+    def named(self, operand: Operand) -> Roots:
+        """What is reachable without asking what a site may be besides itself."""
+        found: set[Root] = set()
+        waiting = list(self.roots(operand))
+        while waiting:
+            root = waiting.pop()
+            if root not in found:
+                found.add(root)
+                if not isinstance(root, (Site, Gradient)) and not self.origins.is_tensor(operand):
+                    waiting.extend(self.held.get(holder_of(root), ()))
+        return frozenset(found)
+
     def _add(self, value: Value, roots: Iterable[Root]) -> None:
         self._grow(self._roots, value.name, roots)
 
