@@ -75,11 +75,10 @@ def compile_program(
     arguments: Mapping[str, Any],
     globals_: dict[str, Any],
     closure: Mapping[str, CellType],
-    function: FunctionType | None = None,
     observer: Observer | None = None,
 ) -> Compiled:
     """Compiles a program for the arguments of one call."""
-    lowered = lower_program(program, arguments, globals_, closure, function, observer)
+    lowered = lower_program(program, arguments, globals_, closure, observer)
     made = plan(lowered.program, globals_, closure)
     return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure)
 
@@ -89,11 +88,10 @@ def lower_program(
     arguments: Mapping[str, Any],
     globals_: Mapping[str, Any],
     closure: Mapping[str, CellType],
-    function: FunctionType | None = None,
     observer: Observer | None = None,
 ) -> Specialised:
     """Runs the passes for the arguments of one call."""
-    subject = Subject(arguments, globals_, closure, _helper, save, function)
+    subject = Subject(arguments, globals_, closure, _helper, save)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 

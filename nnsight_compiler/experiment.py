@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import linecache
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +19,10 @@ from nnsight_compiler.frontend import lower_function, lower_source
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
+
+
+_texts = itertools.count()
+"""Numbers the texts given to `from_source`."""
 
 
 class CacheInfo(NamedTuple):
@@ -88,7 +95,7 @@ class Cache:
                 return found
         return None
 
-    def get(self, values: tuple[Any, ...], given: Mapping[str, Any], function: FunctionType | None) -> Compiled:
+    def get(self, values: tuple[Any, ...], given: Mapping[str, Any]) -> Compiled:
         """The compiled program for these values; compiled now where there is none. `given` are the bound ones, by name."""
         found = self.find(values)
         if found is not None:
@@ -98,7 +105,7 @@ class Cache:
             if found is not None:
                 return found
             self.misses += 1
-            made = compile_program(self.program, given, self.globals, self.closure, function)
+            made = compile_program(self.program, given, self.globals, self.closure)
             texts = tuple(guard.key_text for guard in made.guards)
             table = self._tables.get(texts)
             if table is None or any(made.objects.get(name) is not held for name, held in table.kept):
@@ -148,7 +155,7 @@ class Experiment:
         cache = self._cache or self._held()
         found = cache.find(values)
         if found is None:
-            found = cache.get(values, dict(zip(cache.names, values, strict=True)), self._function)
+            found = cache.get(values, dict(zip(cache.names, values, strict=True)))
         return found.plan.run(*values)
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
@@ -161,14 +168,14 @@ class Experiment:
         given = dict(zip(cache.names, values, strict=True))
         stages: list[tuple[str, Program]] = []
         observer: Observer = lambda result: stages.append(_stage(result))  # noqa: E731
-        lowered = lower_program(self.ir, given, cache.globals, cache.closure, self._function, observer)
+        lowered = lower_program(self.ir, given, cache.globals, cache.closure, observer)
         return Lowered(lowered.program, tuple(stages), lambda: self.compile(*args, **kwargs))
 
     def compile(self, *args: Any, **kwargs: Any) -> Compiled:
         """The compiled program for the model and the arguments of one call. No forward is run."""
         values = self._bind(*args, **kwargs)
         cache = self._held()
-        return cache.get(values, dict(zip(cache.names, values, strict=True)), self._function)
+        return cache.get(values, dict(zip(cache.names, values, strict=True)))
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and size of the cache of compiled programs."""
@@ -210,7 +217,7 @@ def _binder(function: FunctionType) -> Callable[..., tuple[Any, ...]]:
 class _Intervene:
     """The decorator `@intervene`."""
 
-    def __call__(self, function: FunctionType) -> Experiment:
+    def __call__(self, function: Callable[..., Any]) -> Experiment:
         """Compiles a function to an experiment: its source is read now or at the first use, and never run by Python.
 
         Raises:
@@ -218,7 +225,7 @@ class _Intervene:
         """
         if isinstance(function, (staticmethod, classmethod)):
             kind = type(function)
-            return kind(self(function.__func__))  # type: ignore[arg-type,return-value]
+            return kind(self(function.__func__))  # type: ignore[return-value]
         if isinstance(function, Experiment):
             return function
         if not isinstance(function, FunctionType):
@@ -234,11 +241,12 @@ class _Intervene:
         The `def` itself is executed, as Python would, in `globals` (those of the caller where none are given).
         """
         scope = sys._getframe(1).f_globals if globals is None else globals
-        program = lower_source(text, "<from_source>")
+        text = textwrap.dedent(text)
+        file = f"<from_source {next(_texts)}>"
+        linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file  # for tracebacks
+        program = lower_source(text, file)
         made: dict[str, Any] = {}
-        exec(
-            compile(inspect.cleandoc("\n" + text) if text[:1].isspace() else text, "<from_source>", "exec"), scope, made
-        )
+        exec(compile(text, file, "exec"), scope, made)
         function = made[program.name]
         if isinstance(function, Experiment):
             function = function._function

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
+from typing import Literal as OneOf
 
 import torch
 
@@ -57,6 +58,7 @@ FOLDED = {
 }  # fmt: skip
 """Pure functions that are evaluated where every argument is a known number, string, range or tuple."""
 SAME = {"tqdm", "trange"}
+KINDS: dict[Any, OneOf["enumerate", "zip", "reversed"]] = {enumerate: "enumerate", zip: "zip", reversed: "reversed"}
 
 
 class Unreachable(Exception):  # noqa: N818  # control flow, not an error
@@ -199,7 +201,7 @@ class Calls:
                 start = self.specialiser.demand(first, op.span, "where this count starts")
         elif name == "trange" or not plain or (name == "tqdm" and len(plain) != 1):
             return None
-        kind = "same" if name in SAME else name
+        kind = KINDS.get(value, "same")
         return self._deferred(op, function, arguments, known_function(value), Iteration(kind, bases, start))
 
     def _deferred(
@@ -438,7 +440,7 @@ class Calls:
         cells = dict(zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=False))
         same_file = program.span.file == self.specialiser.program.span.file
         override = None if same_file else self.specialiser.span(op)
-        frame = Frame(plain.__globals__, cells, plain.__name__, own=False, override=override, function=plain)
+        frame = Frame(plain.__globals__, cells, plain.__name__, own=False, override=override)
         given = list(arguments)
         if isinstance(value, MethodType):
             given.insert(0, (ops.Argument(NONE), self._receiver(function, value)))

@@ -201,7 +201,7 @@ class Evaluator:
         if python_module(value) or isinstance(value, type) or _is_config(value):
             held = getattr(value, name, inspect.Parameter.empty)
             return None if held is inspect.Parameter.empty else Evaluator._fact(held, text or name, base)
-        own = getattr(value, "__dict__", {}) if type(value).__getattribute__ is object.__getattribute__ else {}
+        own = getattr(value, "__dict__", {}) if _reads_plainly(type(value)) else {}
         if name in own and not hasattr(inspect.getattr_static(type(value), name, None), "__set__"):
             return Known(own[name], text)
         return None
@@ -577,6 +577,11 @@ def _port(name: str) -> ops.Port:
     if name == "output":
         return "output"
     return "input" if name == "input" else "inputs"
+
+
+def _reads_plainly(kind: Any) -> bool:
+    """Whether attributes of a class's objects are looked up as Python does by itself."""
+    return bool(kind.__getattribute__ is object.__getattribute__)
 
 
 def _is_config(value: object) -> bool:

@@ -185,7 +185,6 @@ class Frame:
     name: str
     own: bool
     override: Span | None = None
-    function: FunctionType | None = None
 
 
 # --- guards ---

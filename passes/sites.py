@@ -22,9 +22,6 @@ EventPort = OneOf["output", "input"]
 class Order(Protocol):
     """When the modules of a model run within one forward."""
 
-    how: str
-    """`fake`, `real`, or `registered` where no forward was observed and the order of registration stands in."""
-
     def time(self, path: str, port: EventPort, call: int = 0) -> int:
         """The place of an event in the forward. Raises `KeyError` where it does not happen."""
 

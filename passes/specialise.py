@@ -65,7 +65,6 @@ class Subject:
     closure: Mapping[str, CellType]
     lower: Callable[[FunctionType], Program]
     save: Callable[..., Any]
-    function: FunctionType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +152,7 @@ class Specialiser:
         self.builder = Builder()
         self.guards = Guards()
         self.scope: dict[Value, Abstract] = {}
-        self.frame = Frame(subject.globals, subject.closure, program.name, own=True, function=subject.function)
+        self.frame = Frame(subject.globals, subject.closure, program.name, own=True)
         self.forward: Forwarding | None = None
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]] | None] = {}
         self.models: dict[str, Any] = {}
@@ -166,14 +165,13 @@ class Specialiser:
     # --- the whole program ---
 
     def run(self) -> Specialised:
+        parameters = []
         for parameter in self.program.parameters:
             name = parameter.value.name
             value = self.builder.fresh(name)
             fact = Known(self.subject.arguments[name], name) if name in self.subject.arguments else None
             self.scope[parameter.value] = Abstract(value, fact, span=self.program.span)
-        parameters = tuple(
-            replace(parameter, value=self.scope[parameter.value].operand) for parameter in self.program.parameters
-        )
+            parameters.append(replace(parameter, value=value))
         completion = self.region(self.program.body)
         unsaved: dict[str, Span] = {}
         unsure: dict[str, Span] = {}
@@ -185,7 +183,7 @@ class Specialiser:
         guards = tuple(self.guards.guards.values())
         program = replace(
             self.program,
-            parameters=parameters,
+            parameters=tuple(parameters),
             body=Region((), tuple(self.builder.ops)),
             target=next((type(model._module).__name__ for model in self.models.values()), ""),
             given=tuple(str(guard) for guard in guards if guard.kind in ("value", "length")),
@@ -441,8 +439,8 @@ class Specialiser:
                     "write one `with model.trace(…)` for each prompt",
                 )
             case _:
-                for value in used(op):
-                    held = self.scope[value]
+                for name in used(op):
+                    held = self.scope[name]
                     if isinstance(held.fact, Elements):
                         held.fact.forget()
                 self.keep(op)
@@ -486,8 +484,7 @@ class Specialiser:
     # --- control flow ---
 
     def bind(self, values: tuple[Value, ...], held: tuple[Abstract, ...]) -> None:
-        for value, abstract in zip(values, held, strict=True):
-            self.scope[value] = abstract
+        self.scope.update(zip(values, held, strict=True))
 
     def leave(self, completion: Completion, end: type[ops.Yield] | type[ops.Continue] = ops.Yield) -> None:
         """Ends an open region of the specialised program with the terminator that the completion stands for."""
@@ -544,8 +541,8 @@ class Specialiser:
 
     def if_(self, op: ops.If) -> Completion | None:
         condition = self.evaluate.truth(self.abstract(op.condition))
-        known = isinstance(condition.fact, Known)
-        if known and (condition.fact.text is None or id(op) in self.decisions.fold):
+        fact = condition.fact
+        if isinstance(fact, Known) and (fact.text is None or id(op) in self.decisions.fold):
             taken = op.then if self.demand(condition, op.span, "this condition") else op.orelse
             completion = self.region(taken)
             if completion.kind not in ("end", "yield"):
@@ -597,10 +594,10 @@ class Specialiser:
             held.append(
                 Abstract(None, None, loops | value.loops, max(value.live, 1 if self.forward else 0), value.span)
             )
-        for value, abstract in zip(region.parameters, held, strict=True):
-            abstract.operand = self.builder.fresh(value.name)
-            self.scope[value] = abstract
-        parameters = tuple(abstract.operand for abstract in held if isinstance(abstract.operand, Value))
+        parameters = tuple(self.builder.fresh(parameter.name) for parameter in region.parameters)
+        for parameter, value_made, abstract in zip(region.parameters, parameters, held, strict=True):
+            abstract.operand = value_made
+            self.scope[parameter] = abstract
         outer, self.conditions = self.conditions, self.conditions if self.forward else []
         with self.kept(op, loop=True) as made:
             end = self.region(region)
@@ -756,7 +753,8 @@ class Specialiser:
         """A nested function: kept as a function where it does not touch the model, and known for inlining."""
         fact = Function(op, dict(self.scope), self.frame)
         forward, outer = self.forward, (self.conditions, self.rolled, self.inlined)
-        held = [Abstract(self.builder.fresh(parameter.value.name), span=op.span) for parameter in op.parameters]
+        made_parameters = [self.builder.fresh(parameter.value.name) for parameter in op.parameters]
+        held = [Abstract(value, span=op.span) for value in made_parameters]
         self.bind(tuple(parameter.value for parameter in op.parameters), tuple(held))
         self.closures, self.conditions, self.rolled, self.inlined, self.forward = self.closures + 1, [], [], [], None
         try:
@@ -773,7 +771,7 @@ class Specialiser:
             self.forward, (self.conditions, self.rolled, self.inlined) = forward, outer
         result = self.builder.fresh(op.result.name)
         parameters = tuple(
-            replace(parameter, value=value.operand) for parameter, value in zip(op.parameters, held, strict=True)
+            replace(parameter, value=value) for parameter, value in zip(op.parameters, made_parameters, strict=True)
         )
         defaults = tuple(map(self.used, op.defaults))
         self.emit(replace(op, result=result, parameters=parameters, defaults=defaults, body=Region((), tuple(made))))

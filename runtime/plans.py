@@ -61,17 +61,15 @@ class _Generator(Statements):
 
     def plan(self, globals_: dict[str, Any], closure: Mapping[str, CellType] | None) -> Plan:
         program = self.program
-        sites = [
-            (op, at, self._site(at)) for op in walk(program.body) if isinstance(op, ForwardOp) for at in _placed(op)
-        ]
+        forwards = [op for op in walk(program.body) if isinstance(op, ForwardOp)]
+        sites = [(op, at, self._site(at)) for op in forwards for at in _placed(op)]
         made = [function for _, _, function in sites]
         functions = link(self, made, globals_, closure, program.span) if sites else []
-        plans: dict[int, list[SitePlan]] = {id(op): [] for op in walk(program.body) if isinstance(op, ForwardOp)}
+        plans: dict[int, list[SitePlan]] = {id(op): [] for op in forwards}
         for (op, at, _), function in zip(sites, functions, strict=True):
             plans[id(op)].append(SitePlan(at.module.path, at.port, at.call, function, at.span))
-        for op in walk(program.body):
-            if isinstance(op, ForwardOp):
-                self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), self._brings(op), op.span)
+        for op in forwards:
+            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), self._brings(op), op.span)
         driver = self._driver(bool(sites))
         (run,) = link(self, [driver], globals_, closure, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
@@ -257,7 +255,7 @@ def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
 
 
 def _model(op: Write) -> Value | None:
-    return cast(Module, op.module).model if isinstance(op.module, Module) else None
+    return op.module.model if isinstance(op.module, Module) else None
 
 
 def _placed(op: ForwardOp) -> Iterator[At]:

@@ -126,7 +126,8 @@ def _with_item(held: Any, index: Any, new: Any) -> Any:
         name = index if isinstance(index, str) else names[index]
         return replace(held, **{name: new})
     if isinstance(held, Mapping):
-        return type(held)({**held, index: new})  # type: ignore[call-arg]  # a mapping that is made from one
+        made: Any = type(held)
+        return made({**held, index: new})
     if isinstance(held, list):
         made = list(held)
         made[index] = new
@@ -151,7 +152,8 @@ def keep(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{each.name: keep(getattr(value, each.name)) for each in fields(value) if each.init})
     if isinstance(value, Mapping):
-        return kind({name: keep(item) for name, item in value.items()})  # type: ignore[call-arg]  # as above
+        made: Any = kind
+        return made({name: keep(item) for name, item in value.items()})
     return value
 
 
