@@ -114,7 +114,10 @@ def _tokens(lines: Sequence[str]) -> Iterator[tokenize.TokenInfo]:
 
 
 def _lambda_excerpt(code: CodeType, lines: Sequence[str]) -> Excerpt:
-    """The text of a lambda: found on its first line, told from others there by where its body begins."""
+    """The text of a lambda: found on its first line, told from others there by where its body begins.
+
+    Where Python keeps no columns (an option; in 3.12 also for a body that is a constant), by what it compiles to.
+    """
     start = code.co_firstlineno - 1
     body = _body_range(code, lines)
     found: list[Excerpt] = []
@@ -126,12 +129,25 @@ def _lambda_excerpt(code: CodeType, lines: Sequence[str]) -> Excerpt:
             kept = text[: end[0]]
             kept[-1] = kept[-1][: end[1]]
             found.append(Excerpt("".join(kept) + ")", code.co_filename, start + 1, column - 1))
-    if len(found) != 1:
+    if len(found) > 1:
+        found = [each for each in found if _compiles_to(each.text, code)][:1]
+    if not found:
         raise SourceNotFoundError(
             f"{code.co_filename}:{code.co_firstlineno}: which lambda on this line is meant cannot be told; "
             "write it as a function with a name"
         )
     return found[0]
+
+
+def _compiles_to(text: str, code: CodeType) -> bool:
+    """Whether a lambda's text gives the same instructions and constants."""
+    codes = [each for each in compile(text, "", "eval").co_consts if isinstance(each, CodeType)]
+    made = codes[-1] if codes else None  # its defaults come before it
+    return made is not None and (made.co_code, made.co_names, made.co_varnames) == (
+        code.co_code,
+        code.co_names,
+        code.co_varnames,
+    ) and repr(made.co_consts) == repr(code.co_consts)  # fmt: skip
 
 
 def _lambda_columns(line: str) -> list[int]:
@@ -183,13 +199,13 @@ def _lambda_end(text: Sequence[str], body: tuple[Position, ...] | None) -> Posit
         if token.type in _LAYOUT:
             continue
         if depth == 1 and end is not None:
-            complete = string in _AFTER_A_LAMBDA if body is None else end >= body[1]
+            complete = not colons and string in _AFTER_A_LAMBDA if body is None else end >= body[1]
             if complete or string == ")":
                 break
         depth += (string in _OPENING) - (string in _CLOSING)
+        colons += depth == 1 and string == "lambda"
+        colons -= depth == 1 and string == ":"
         if starts is None:
-            colons += depth == 1 and string == "lambda"
-            colons -= depth == 1 and string == ":"
             if string == ":" and not colons:
                 starts, opening = set(), True
             continue

@@ -52,11 +52,13 @@ def test_lambda_is_told_from_others_without_columns(tmp_path: Path) -> None:
         "f = lambda x: x + 30\n"
         "print(str(lower_function(f)).count('+ 30'))\n"
         "g = [lambda: 1, lambda: 2]\n"
-        "try:\n    lower_function(g[0])\nexcept Exception as e: print(type(e).__name__)\n"
+        "print(lower_function(g[1]).body.ops[0].value.value)\n"
+        "h = [(lambda k: [lambda: k * 2, lambda: k * 2])(3)][0]\n"
+        "try:\n    lower_function(h[0])\nexcept Exception as e: print(type(e).__name__)\n"
     )
     command = [sys.executable, "-X", "no_debug_ranges", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "SourceNotFoundError"]
+    assert done.stdout.split() == ["1", "2", "SourceNotFoundError"]
 
 
 def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
