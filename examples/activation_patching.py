@@ -18,9 +18,9 @@ def logit_difference(model, prompt, answer, other):
 @intervene
 def patched_difference(model, clean, corrupt, layer, position, answer, other):
     with model.trace(clean):
-        source = model.layers[layer].output[:, position]
+        source = model.layers[layer].input[:, position]
     with model.trace(corrupt):
-        model.layers[layer].output[:, position] = source
+        model.layers[layer].input[:, position] = source
         logits = model.lm_head.output[0, -1]
     return logits[answer] - logits[other]
 

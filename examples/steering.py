@@ -1,4 +1,4 @@
-"""Steering: add the difference of two hidden states to the residual stream, at several strengths.
+"""Steering: add the difference of two subjects to the residual stream at their tokens, at several strengths.
 
 python examples/steering.py [MODEL]
 """
@@ -11,16 +11,16 @@ from nnsight_compiler import LanguageModel, intervene
 @intervene
 def steering_vector(model, towards, away, layer):
     with model.trace(towards):
-        there = model.layers[layer].output[0, 2]
+        there = model.layers[layer].input[0, 1:3]
     with model.trace(away):
-        here = model.layers[layer].output[0, 2]
+        here = model.layers[layer].input[0, 1:3]
     return there - here
 
 
 @intervene
 def steer(model, prompt, layer, vector, strength):
     with model.trace(prompt):
-        model.layers[layer].output[:, 2] += strength * vector
+        model.layers[layer].input[:, 1:3] += strength * vector
         logits = model.lm_head.output[0, -1]
     return logits.softmax(-1)
 

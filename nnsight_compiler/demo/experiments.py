@@ -9,8 +9,8 @@ __name__ = "demo_experiments"
 
 
 def first_example(model):
-    with model.trace("The Eiffel Tower is in the city of "):  # undecorated: a script, a notebook
-        hidden_state = model.layers[10].input[0].save()  # save one hidden state
+    with model.trace("The Eiffel Tower is in the city of "):  # undecorated
+        hidden_state = model.layers[10].input[0].save()  # save a hidden state
         model.layers[11].mlp.output = 0  # change one MLP module output
         output = model.output.save()  # save the model's output
     return hidden_state, output

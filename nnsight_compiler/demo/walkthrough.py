@@ -177,8 +177,8 @@ def show_sweep(console: Console, model: LanguageModel, picture: Path) -> None:
         values=tuple(map(tuple, restored)),
     )
     console.print(
-        "What goes into a layer at a position, taken from the clean run and put into the corrupted one: how much it\n"
-        f"restores of the logit difference Mary − John, in percent. Before position {positions[0]} the prompts are equal.\n",
+        "What goes into a layer at one position, taken from the clean run and put into\nthe corrupted one: percent of"
+        f" the logit difference Mary − John that it restores.\nBefore position {positions[0]} the prompts are equal.\n",
         highlight=False,
     )
     console.print(heat_map.text(console.width))
@@ -195,9 +195,9 @@ def reading(restored: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
         return f"No single position carries the answer; the most that one restores is {max(map(max, restored)):.0%}."
     share = max(row[position] for row in restored)
     return (
-        f"Going into the layers up to {lasting[-1]}, what decides is at '{labels[position]}' (position {position}), which"
-        f" alone restores {share:.0%}.\nGoing into layer {arrived[0]} and later, it is at the last token,"
-        f" '{labels[-1]}': attention has moved it there."
+        f"Going into the layers up to {lasting[-1]}, what decides is at '{labels[position]}' (position {position}),"
+        f" which\nalone restores {share:.0%}. Going into layer {arrived[0]} and later, it is at the last token,\n"
+        f"'{labels[-1]}': attention has moved it there."
     )
 
 

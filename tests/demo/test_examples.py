@@ -29,11 +29,10 @@ def numbers(line: str) -> list[float]:
     return [float(word) for word in words if word.replace(".", "", 1).lstrip("-").isdigit()]
 
 
-def test_first_example_moves_the_fact_with_its_subject(run) -> None:
+def test_first_example_finds_the_fact_at_the_last_token(run) -> None:
     lines = run("first_example.py")
     patched = [line for line in lines if line.startswith("layer")]
-    assert "' Paris'" in next(line for line in patched if line.startswith("layer 0, position  2"))
-    assert "' Seattle'" in next(line for line in patched if line.startswith("layer 0, position -1"))
+    assert "' Seattle'" in next(line for line in patched if line.startswith("layer 2, position  2"))
     assert "' Paris'" in next(line for line in patched if line.startswith("layer 2, position -1"))
     assert any(line.startswith("experiment patch(") for line in lines)
 

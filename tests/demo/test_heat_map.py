@@ -40,7 +40,8 @@ def test_colours_are_exact_at_the_stops_and_clamped_outside() -> None:
 def test_the_png_has_each_cell_in_the_colour_of_its_value(tmp_path: Path) -> None:
     path = tmp_path / "new" / "map.png"
     heat_map().write_png(path)
-    image = Image.open(path).convert("RGB")
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
     pixels = {image.getpixel((x, y)) for x in range(image.width) for y in range(image.height)}
     assert {colour(value) for value in (0.0, 1.0, -1.0, 0.5)} <= pixels
 

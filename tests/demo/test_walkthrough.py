@@ -50,7 +50,7 @@ def test_the_sweep_is_what_hooks_by_hand_measure(model: LanguageModel, plain) ->
 
     streams: dict[int, torch.Tensor] = {}
     handles = [
-        block.register_forward_hook(lambda _, __, output, layer=layer: streams.update({layer: output.clone()}))
+        block.register_forward_pre_hook(lambda _, args, layer=layer: streams.update({layer: args[0].clone()}))
         for layer, block in enumerate(plain.transformer.h)
     ]
     best = difference(clean)
@@ -61,15 +61,16 @@ def test_the_sweep_is_what_hooks_by_hand_measure(model: LanguageModel, plain) ->
     for layer, block in enumerate(plain.transformer.h):
         for position in range(corrupt.shape[1]):
 
-            def write(_, __, output, layer=layer, position=position):
-                output[:, position] = streams[layer][:, position]
+            def write(_, args, layer=layer, position=position):
+                args[0][:, position] = streams[layer][:, position]
 
-            handle = block.register_forward_hook(write)
+            handle = block.register_forward_pre_hook(write)
             expected[layer, position] = (difference(corrupt) - worst) / (best - worst)
             handle.remove()
 
     calls = []
-    restored = experiments.patching_sweep(model, GIVER, OTHER_GIVER, answer, other, lambda: calls.append(1))
+    positions = range(corrupt.shape[1])
+    restored = experiments.patching_sweep(model, GIVER, OTHER_GIVER, positions, answer, other, lambda: calls.append(1))
     assert torch.allclose(torch.as_tensor(restored), expected, atol=1e-4)
     assert len(calls) == expected.numel()
 
@@ -106,7 +107,8 @@ def test_the_demo_shows_code_results_programs_and_the_picture(
     assert "GPT2LMHeadModel" in text
     picture = tmp_path / "figures" / "activation-patching.png"
     assert str(picture) in text.replace("\n", "")
-    assert Image.open(picture).size[0] > 600
+    with Image.open(picture) as image:
+        assert image.width > 600
 
 
 def test_without_the_package_index_the_demo_says_so_and_takes_the_small_model(
@@ -137,10 +139,10 @@ def test_without_pip_the_demo_says_so_too(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_the_reading_names_the_position_and_both_layers() -> None:
     restored = [[0.0, 1.0, 0.0], [0.0, 0.8, 0.1], [0.0, 0.2, 0.7], [0.0, 0.0, 1.0]]
     text = walkthrough.reading(restored, ["When", "Mary", "to"])
-    assert "Up to layer 1" in text
+    assert "layers up to 1" in text
     assert "'Mary' (position 1)" in text
     assert "100%" in text
-    assert "From layer 2 on" in text
+    assert "Going into layer 2" in text
 
 
 def test_the_demos_first_example_is_the_documented_one() -> None:
