@@ -58,7 +58,8 @@ FOLDED = {
 }  # fmt: skip
 """Pure functions that are evaluated where every argument is a known number, string, range or tuple."""
 SAME = {"tqdm", "trange"}
-KINDS: dict[Any, OneOf["enumerate", "zip", "reversed"]] = {enumerate: "enumerate", zip: "zip", reversed: "reversed"}
+Kind = OneOf["enumerate", "zip", "reversed", "same"]
+KINDS: dict[Any, Kind] = {enumerate: "enumerate", zip: "zip", reversed: "reversed"}
 
 
 class Unreachable(Exception):  # noqa: N818  # control flow, not an error
@@ -201,7 +202,7 @@ class Calls:
                 start = self.specialiser.demand(first, op.span, "where this count starts")
         elif name == "trange" or not plain or (name == "tqdm" and len(plain) != 1):
             return None
-        kind = KINDS.get(value, "same")
+        kind: Kind = KINDS[value] if value in KINDS else "same"
         return self._deferred(op, function, arguments, known_function(value), Iteration(kind, bases, start))
 
     def _deferred(
