@@ -58,6 +58,8 @@ class PointsTo:
     def __init__(self, program: Program, origins: Origins) -> None:
         self.origins = origins
         self.held: dict[Hashable, set[Root]] = {}
+        self._closures: dict[Hashable, set[Root]] = {}
+        self._followers: dict[Hashable, set[Hashable]] = {}
         self.given: dict[str, set[Root]] = {}
         self.models: dict[str, str] = {}
         self._roots: dict[str, set[Root]] = {}
@@ -123,19 +125,37 @@ class PointsTo:
 
     def _grow(self, table: dict[_Key, set[Root]], key: _Key, roots: Iterable[Root]) -> None:
         into = table.setdefault(key, set())
-        before = len(into)
-        into.update(roots)
-        self._changed |= len(into) > before
+        new = set(roots) - into
+        if not new:
+            return
+        into |= new
+        self._changed = True
+        if table is self.held:
+            for follower in tuple(self._followers.get(key, ())):
+                self._extend(follower, new)
 
     def reach(self, roots: Iterable[Root]) -> Roots:
-        found: set[Root] = set()
-        waiting = list(roots)
+        """These roots and all that they hold, however deep."""
+        roots = frozenset(roots)
+        return roots.union(*(self._contents(holder) for holder in {holder_of(root) for root in roots}))
+
+    def _contents(self, holder: Hashable) -> set[Root]:
+        """All that the roots of a holder hold, however deep. Kept, and extended as anything on the way holds more."""
+        if holder not in self._closures:
+            self._closures[holder] = set()
+            self._followers.setdefault(holder, set()).add(holder)
+            self._extend(holder, self.held.get(holder, ()))
+        return self._closures[holder]
+
+    def _extend(self, holder: Hashable, roots: Iterable[Root]) -> None:
+        contents, waiting = self._closures[holder], list(roots)
         while waiting:
             root = waiting.pop()
-            if root not in found:
-                found.add(root)
-                waiting.extend(self.held.get(holder_of(root), ()))
-        return frozenset(found)
+            if root not in contents:
+                contents.add(root)
+                inner = holder_of(root)
+                self._followers.setdefault(inner, set()).add(holder)
+                waiting.extend(self.held.get(inner, ()))
 
     def spread(self, roots: Iterable[Root]) -> Roots:
         """The roots, and those that the sites among them may be besides."""
