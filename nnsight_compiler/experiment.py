@@ -232,6 +232,13 @@ class _Intervene:
             raise TypeError(
                 f"@intervene decorates plain functions, not {type(function).__name__}; put it closest to the `def`"
             )
+        if hasattr(function, "__wrapped__"):
+            raise TypeError(
+                f"@intervene reads the source of a function, and another decorator wraps `{function.__name__}`; put"
+                " @intervene closest to the `def`, and the others around it"
+            )
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"@intervene decorates plain functions: `{function.__name__}` is an `async def`")
         return Experiment(function)
 
     @staticmethod

@@ -130,7 +130,7 @@ class Evaluator:
         if isinstance(value.fact, Known) and is_handle(value.fact.value) and isinstance(value.operand, Value):
             handle, text = value.fact.value, value.fact.text
             assert text is not None
-            self.specialiser.guards.add(text if not handle._path else f"{text}._root", "model", handle._root)
+            self.specialiser.guards.add(text if not handle._path else f"{text}._root", "model", handle._root._token)
             if handle._path:
                 self.specialiser.guards.add(f"{text}._path", "value", handle._path)
             value.fact = SiteModule(handle, value.operand, text)
@@ -327,10 +327,12 @@ class Evaluator:
                 str(error.args[0] if error.args else error),
                 "`print(model)` shows the tree of its modules",
             )
-        if isinstance(key, slice) or isinstance(found, (list, tuple)):
+        several = isinstance(key, slice) or isinstance(found, (list, tuple))
+        if several or (isinstance(key, int) and key < 0):
             self.specialiser.guards.add(
                 f"{module.text}._root._module.get_submodule({handle._path!r})", "length", len(handle)
             )
+        if several:
             return self.specialiser.pack([self._module_value(part, module, op.span) for part in found])
         return self._module_value(found, module, op.span)
 
@@ -395,6 +397,8 @@ class Evaluator:
         for part in parts:
             if isinstance(part.fact, Elements) and op.in_place:
                 part.fact.forget()
+        if op.operator == "not":
+            parts = [self.truth(part) for part in parts]
         value = self._folded(op, parts)
         if value is not None and value.fact is not None and isinstance(value.operand, Literal):
             return value

@@ -118,7 +118,7 @@ def test_misspelt_module_gives_the_nearest_names():
 
     net = make()
     with unchanged(net):
-        text = refused(wrong_child, NNsight(net), X, at="model.layer[0]", says=["`layers`", "layer"])
+        text = refused(wrong_child, NNsight(net), X, at="model.layer[0]", says=["no `layer`", "did you mean layers?"])
         assert "^" in text
         refused(wrong, NNsight(net), X, at="weigth", says=["weigth", "weight"])
 

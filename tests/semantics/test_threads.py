@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight_compiler import NNsight, intervene
+from nnsight_compiler import CompileError, NNsight, intervene
 
 torch.set_num_threads(1)
 
@@ -179,7 +179,7 @@ def test_a_nested_experiment_on_the_same_model():
     assert torch.equal(nested, by_hand(net, seen, (2, lambda out: out * 3))[1])
 
 
-def test_a_nested_undecorated_block():
+def test_a_nested_undecorated_block_is_refused_with_both_lines():
     net = make().eval()
     model = NNsight(net)
     x = torch.randn(2, 4)
@@ -189,14 +189,10 @@ def test_a_nested_undecorated_block():
             result = model.output.save()
         return result
 
-    with model.trace(x):
-        h = model.layers[1].output.save()
-        inside = nested(h)
-        result = model.output.save()
-    seen, want = by_hand(net, x, read=1)
-    assert torch.equal(h, seen)
-    assert torch.equal(inside, net(seen))
-    assert torch.equal(result, want)
+    with pytest.raises(CompileError, match="cannot run inside the body of another") as caught, model.trace(x):
+        inside = nested(model.layers[1].output).save()  # noqa: F841
+    assert str(caught.value).count("test_threads.py:") == 2
+    assert "way out" in str(caught.value)
 
 
 def test_a_module_called_in_the_body_is_not_a_call_of_the_forward():
