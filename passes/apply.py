@@ -134,7 +134,7 @@ class Calls:
         if value in (list, tuple) and len(plain) == 1:
             return self._sequence(op, function, value, plain[0], arguments)
         if value in (list, dict) and not arguments:
-            return self._kept(op, function, arguments, value.__name__, None, Elements(value.__name__, []))
+            return self._kept(op, function, arguments, _target(value), known_function(value), Elements(value.__name__, []))
         if value is tuple and not arguments:
             return constant(())
         if not _hashable(value) or value not in FOLDED or keywords:
@@ -175,8 +175,8 @@ class Calls:
                 if text is None:
                     return constant(len(held))
                 fact = Known(len(held), f"len({text})")
-                return self._kept(op, function, arguments, "len", known_function(len), fact)
-        kept = self._kept(op, function, arguments, "len", known_function(len))
+                return self._kept(op, function, arguments, _target(len), known_function(len), fact)
+        kept = self._kept(op, function, arguments, _target(len), known_function(len))
         kept.live, kept.at_run = 0, value.at_run and not isinstance(value.fact, Elements)
         if isinstance(value.fact, Elements):
             kept.loops |= value.fact.loops
@@ -246,7 +246,7 @@ class Calls:
                 fact = Elements(value.__name__, [constant(item) for item in held])
             case Known(value=held) if immutable(held) and hasattr(held, "__iter__"):
                 fact = Iteration("same", (base,))
-        return self._kept(op, function, arguments, value.__name__, known_function(value), fact)
+        return self._kept(op, function, arguments, _target(value), known_function(value), fact)
 
     # --- methods ---
 
@@ -282,7 +282,7 @@ class Calls:
                 fail(op.span, f"`.{name}` of a tracer is not run by this version yet")
             case Known(value=value) if isinstance(value, torch.Tensor):
                 pass
-            case Known(value=value) if not isinstance(value, type):
+            case Known(value=value) if not isinstance(value, type) and type(value) not in (list, dict, set):
                 bound = getattr(type(value), name, None)
                 if isinstance(bound, FunctionType) and self._mentions(arguments):
                     return self._helper(op, function, MethodType(bound, value), arguments)
@@ -470,7 +470,7 @@ class Calls:
         self, op: ops.Call, function: Abstract, fact: Function, arguments: list[tuple[ops.Argument, Abstract]]
     ) -> Abstract:
         touches = function.operand is None
-        unusable = any(abstract.operand is None for _, abstract in arguments)
+        unusable = self._mentions(arguments) or any(abstract.operand is None for _, abstract in arguments)
         if fact.closure.generator:
             if not touches and not unusable:
                 return self._kept(op, function, arguments, None)

@@ -5,8 +5,9 @@
     return %s                                         return %s
 
 A save copies, so that nothing that happens later changes what was saved (DESIGN.md D3). The copy is left out only where
-nothing can: the value is made by the program itself, so that the model never holds it; no op of the program writes to its
-storage; and no container, closure, cell or host call got hold of it. In doubt it stays.
+nothing can: the value is made by the program itself, so that the model never holds it, and is all of its storage, so that
+it keeps nothing larger alive; no op of the program writes to it; and no container, closure, cell or host call got hold of
+it. In doubt it stays.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import rewrite
+from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes.memory import Fresh, Memory, Root
 
 
@@ -29,7 +31,7 @@ def copy_on_save(program: Program) -> Program:
 
     def safe(save: ops.Save) -> bool:
         roots = memory.roots(save.value)
-        made_here = bool(roots) and all(isinstance(root, Fresh) for root in roots)
+        made_here = isinstance(save.value, Value) and roots == {Fresh(save.value.name)}
         return (
             made_here
             and not memory.live(save.value)

@@ -104,7 +104,8 @@ def specialise(program: Program, subject: Subject) -> Specialised:
 
 @dataclass(slots=True)
 class Decisions:
-    """Which loops are unrolled and which conditions folded, by the identity of their op in the source program."""
+    """Which loops are unrolled and which conditions folded, by the identity of their op in the source program. A
+    condition on known values is folded in either set."""
 
     unroll: set[int] = field(default_factory=set)
     fold: set[int] = field(default_factory=set)
@@ -292,6 +293,8 @@ class Specialiser:
             loops |= value.fact.loops
         if loops - self.decisions.unroll and not value.at_run:
             raise Undecided(unroll=loops)
+        if self.closures:
+            raise AccessInClosure
         related = ((value.span, "it is made here"),) if value.span.line else ()
         self.fail(
             span,
@@ -542,7 +545,7 @@ class Specialiser:
     def if_(self, op: ops.If) -> Completion | None:
         condition = self.evaluate.truth(self.abstract(op.condition))
         fact = condition.fact
-        if isinstance(fact, Known) and (fact.text is None or id(op) in self.decisions.fold):
+        if isinstance(fact, Known) and (fact.text is None or id(op) in self.decisions.fold | self.decisions.unroll):
             taken = op.then if self.demand(condition, op.span, "this condition") else op.orelse
             completion = self.region(taken)
             if completion.kind not in ("end", "yield"):
@@ -558,7 +561,9 @@ class Specialiser:
                 self.leave(end)
             regions.append(Region((), tuple(made)))
             ends.append(end)
-        results = self.joined(op.results, ends, condition.loops)
+        # Where a result must be known, folding the condition makes it so, as unrolling does for what a loop carries.
+        loops = condition.loops | {id(op)} if isinstance(fact, Known) else condition.loops
+        results = self.joined(op.results, ends, loops)
         self.emit(ops.If(results, self.use(condition), regions[0], regions[1], span=self.span(op)))
         if all(end.kind not in ("end", "yield") for end in ends):
             return Completion("never")
