@@ -136,6 +136,12 @@ class Evaluator:
             value.fact = SiteModule(handle, value.operand, text)
         return value
 
+    def module(self, model: Abstract, path: str) -> Abstract:
+        """A module that the source program names by its path."""
+        root = self.resolved(model)
+        assert isinstance(root.fact, SiteModule), "the model of a module is a wrapped model"
+        return root if not path else self._module_value(root.fact.handle[path], root.fact, model.span)
+
     def model(self, value: Abstract, span: Span, method: str) -> SiteModule:
         """The wrapped model whose forward a `with` runs."""
         match self.resolved(value).fact:

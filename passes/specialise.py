@@ -219,8 +219,8 @@ class Specialiser:
                 return self.pack([self.abstract(part) for part in parts])
             case Slice(lower=lower, upper=upper, step=step):
                 return self.evaluate.make_slice(*map(self.abstract, (lower, upper, step)))
-            case Module():
-                raise AssertionError("a program is specialised once")
+            case Module(model=model, path=path):
+                return self.evaluate.module(self.scope[model], path)
 
     def pack(self, parts: list[Abstract]) -> Abstract:
         """A tuple of these values."""

@@ -75,6 +75,17 @@ class NNsight(ModuleView):
             " transformers model itself"
         )
 
+    def verify(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether an experiment that changes nothing gives, bit for bit, what the plain model gives on these inputs.
+
+        Raises:
+            ModelError: it does not; the message says by how much.
+        """
+        from nnsight_compiler.verification import verify  # it is built on this module
+
+        verify(self, args, kwargs)
+        return True
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the plain model on inputs as `trace` takes them."""
         module = self._ready()
