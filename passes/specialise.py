@@ -180,7 +180,7 @@ class Specialiser:
             (result,) = completion.values
             if self.program.kind == "block":
                 result = self.exports(result, unsaved, unsure)
-            self.emit(ops.Return(self.use(result), span=completion.span or self.program.span))
+            self.emit(ops.Return(self.use(self.handed_back(result)), span=completion.span or self.program.span))
         guards = tuple(self.guards.guards.values())
         program = replace(
             self.program,
@@ -202,7 +202,18 @@ class Specialiser:
                 unsure[name] = part.span
             hidden = part.live == 2 or part.operand is None or isinstance(part.fact, (Tracer, SiteCalls))
             parts.append(Abstract(Unbound()) if hidden else part)
-        return Abstract(Tuple(tuple(self.use(part) for part in parts)))
+        return Abstract(Tuple(tuple(self.use(self.handed_back(part)) for part in parts)))
+
+    def handed_back(self, value: Abstract) -> Abstract:
+        """A returned value: modules of the model are given as the user holds them, not as torch modules."""
+        match value.fact:
+            case SiteModule(handle=handle, model=model) if handle._path:
+                result = self.builder.fresh("module")
+                self.emit(ops.Item(result, model, Literal(handle._path), span=value.span))
+                return Abstract(result, span=value.span)
+            case Elements(kind="tuple", items=list() as items):
+                return self.pack([self.handed_back(item) for item in items])
+        return value
 
     # --- operands ---
 
@@ -316,12 +327,16 @@ class Specialiser:
                 "a module's values exist only while the model runs",
                 "read and write them inside `with model.trace(…)`",
             )
+        self.fold_conditions()
+        return self.forward
+
+    def fold_conditions(self) -> None:
+        """Has the conditions around this place folded where they can be."""
         for identity, condition in self.conditions:
             if isinstance(condition.fact, Known):
                 raise Undecided(fold=frozenset({identity}))
             if condition.loops and not condition.at_run:
                 raise Undecided(unroll=condition.loops)
-        return self.forward
 
     def site(self, value: Abstract, span: Span) -> tuple[Module, int | None]:
         """The module that an access names, as an operand, and its call index."""
@@ -557,6 +572,8 @@ class Specialiser:
             with self.kept(op) as made:
                 self.conditions.append((id(op), condition))
                 end = self.region(region)
+                if self.forward is not None and end.kind in ("return", "break", "continue"):
+                    self.fold_conditions()
                 self.conditions.pop()
                 self.leave(end)
             regions.append(Region((), tuple(made)))

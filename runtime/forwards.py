@@ -94,7 +94,10 @@ class Forward:
                 module = self._module(root, site)
                 ends = stops and index == last
                 if site.port == "output":
-                    handles.append(module.register_forward_hook(_output_hook(site, run, state, fired, index, ends)))
+                    started = None if site.call is None else _Started(run)
+                    if started is not None:
+                        handles.append(module.register_forward_pre_hook(started))
+                    handles.append(module.register_forward_hook(_output_hook(site, run, state, fired, index, ends, started)))
                 else:
                     hook = _input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -142,17 +145,29 @@ class Forward:
         )
 
 
+class _Started:
+    """Numbers the calls of a module as they begin. They end in another order where a module calls itself."""
+
+    def __init__(self, run: object) -> None:
+        self.run, self.count = run, 0
+        self.open: list[int] = []
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if _ACTIVE.run is self.run:
+            self.open.append(self.count)
+            self.count += 1
+
+
 def _output_hook(
-    site: SitePlan, run: object, state: Any, fired: list[int], index: int, ends: bool
+    site: SitePlan, run: object, state: Any, fired: list[int], index: int, ends: bool, started: _Started | None
 ) -> Callable[[nn.Module, Any, Any], Any]:
     function, call = site.function, site.call
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if _ACTIVE.run is not run:
             return None
-        number = fired[index]
-        fired[index] = number + 1
-        if call is not None and number != call:
+        fired[index] += 1
+        if started is not None and started.open.pop() != call:
             return None
         _ACTIVE.run = None
         try:
