@@ -12,6 +12,7 @@ from nnsight_compiler.ir.errors import (
     SourceNotFoundError,
 )
 from nnsight_compiler.models import LanguageModel, NNsight
+from nnsight_compiler.passes.check_unused_values import UnusedValueWarning
 
 __all__ = [
     "CompileError",
@@ -24,6 +25,7 @@ __all__ = [
     "RunError",
     "SourceNotFoundError",
     "UnsavedValueError",
+    "UnusedValueWarning",
     "intervene",
     "save",
 ]

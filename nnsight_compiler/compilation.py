@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CellType, FunctionType
 from typing import Any, final
 from weakref import WeakKeyDictionary
@@ -15,13 +15,14 @@ from nnsight_compiler.frontend import lower_function
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
-from nnsight_compiler.passes.sites import Order, check_sites
+from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, Subject, specialise
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
@@ -29,6 +30,7 @@ from nnsight_compiler.runtime.plans import Plan, plan
 PASSES = (
     "specialise",
     "check_sites",
+    "check_unused_values",
     "eliminate_dead_saves",
     "eliminate_common_subexpressions",
     "place",
@@ -112,6 +114,7 @@ def lower_program(
     steps: tuple[Callable[[Program], Program], ...] = (
         specialised,
         lambda source: check_sites(source, order),
+        check_unused_values,
         dead,
         eliminate_common_subexpressions,
         lambda source: place(source, order),
@@ -120,9 +123,12 @@ def lower_program(
     passes = [NamedPass(name, step) for name, step in zip(PASSES, steps, strict=True)]
     final_program = run_passes(program, passes, observer=observer)
     first = result[0]
-    return Specialised(
-        final_program, first.guards, first.objects, first.inputs, first.models, first.unsaved, first.unsure
-    )
+    guards = first.guards
+    if len(list(forwards(final_program.body))) < len(first.models):
+        # A forward was left out since its model, in eval mode, computes the same whether or not it ran before.
+        models = [guard.text for guard in guards if guard.kind == "model"]
+        guards += tuple(Guard(f"{text}._module.training", "value", False) for text in models)
+    return replace(first, program=final_program, guards=guards)
 
 
 # --- helpers, lowered once ---

@@ -85,7 +85,7 @@ class Cache:
 
     def find(self, values: tuple[Any, ...]) -> Compiled | None:
         """The compiled program whose guards hold for these values of the parameters."""
-        for table in self._tables.values():
+        for table in tuple(self._tables.values()):  # another thread may add one
             try:
                 found = table.held.get(table.key(*values))
             except (LookupError, AttributeError, TypeError, NameError, ValueError, RuntimeError):
