@@ -26,7 +26,7 @@ def test_a_name_bound_anew_is_not_a_write(model: NNsight) -> None:
         acts = acts * 0
         output = model.output.save()
     assert found[0].filename == __file__
-    assert found[0].lineno == 27
+    assert found[0].lineno == 26
     assert torch.equal(output, model(torch.ones(1, 4)))
 
 
