@@ -89,7 +89,7 @@ def statements(draw: Any, depth: int, in_loop: bool, prefix: str) -> list[str]:
         case 14:
             return [f"while log({one}):", *looped, *draw(st.sampled_from([[], ["else:", *orelse]]))]
         case 15:
-            return ["while True:", *looped, "    log(0)"]
+            return ["while True:", "    log(0)", *looped]
         case 16:
             named = draw(st.sampled_from(["", f" as {name}"]))
             last = draw(st.sampled_from([[], ["else:", *orelse], ["finally:", "    log('finally')"]]))
