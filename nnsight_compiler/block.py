@@ -194,7 +194,7 @@ def _exported(block: Block, compiled: Compiled, results: Any) -> dict[str, Any]:
             exported[name] = Unsaved(name, compiled.unsaved[name])
         elif name in compiled.unsure and holds_tensor(value):
             exported[name] = Unsaved(name, compiled.unsure[name])
-        elif value is not UNBOUND:
+        else:
             exported[name] = value
     return exported
 

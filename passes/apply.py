@@ -353,7 +353,8 @@ class Calls:
                 self.specialiser.fail(span, "only values can be saved, not modules", "save its `.output`")
             case Elements(kind="tuple", items=list() as items):
                 return self.specialiser.pack([self.save(op, item) for item in items])
-            case Elements():
+            case Elements() as container:
+                container.saved = True
                 value.live = 0
                 return value
             case Known(value=held) if immutable(held):

@@ -97,13 +97,14 @@ class Tracer:
 class Elements:
     """A container that the program itself made, element by element known. `items` becomes `None` when it is no longer
     followed; `loops` are then the loops whose unrolling would keep it known, and `at_run` tells whether it held values
-    that only a run gives."""
+    that only a run gives. `saved`: whether the user said `.save()`."""
 
     kind: OneOf["tuple", "list", "dict"]
     items: list[Abstract] | None
     keys: list[Abstract] = field(default_factory=list)
     loops: frozenset[int] = NO_LOOPS
     at_run: bool = False
+    saved: bool = False
 
     @property
     def mutable(self) -> bool:

@@ -38,6 +38,7 @@ from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
     Elements,
+    Fact,
     Frame,
     Function,
     Guard,
@@ -198,7 +199,7 @@ class Specialiser:
         for name, part in zip(self.program.exports, result.fact.items, strict=True):
             if part.live == 2:
                 unsaved[name] = part.span
-            elif part.live == 1:
+            elif part.live == 1 or _may_hold_values(part.fact):
                 unsure[name] = part.span
             hidden = part.live == 2 or part.operand is None or isinstance(part.fact, (Tracer, SiteCalls))
             parts.append(Abstract(Unbound()) if hidden else part)
@@ -798,6 +799,13 @@ class Specialiser:
         defaults = tuple(map(self.used, op.defaults))
         self.emit(replace(op, result=result, parameters=parameters, defaults=defaults, body=Region((), tuple(made))))
         return Abstract(result, fact, span=self.span(op))
+
+
+def _may_hold_values(fact: Fact) -> bool:
+    """Whether a container that the program made, and did not save, may hold values of the model."""
+    if not isinstance(fact, Elements) or fact.saved:
+        return False
+    return fact.items is None or any(item.live or _may_hold_values(item.fact) for item in fact.items)
 
 
 def _touches_model(region: Region) -> bool:
