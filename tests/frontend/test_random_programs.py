@@ -158,7 +158,7 @@ def _outcome(function: Any, *args: Any) -> Any:
         return "raised", kind.__name__, logged
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs())
 def test_random_program_means_what_python_means(interpret: Any, text: str) -> None:
     namespace: dict[str, Any] = dict(NAMESPACE)
