@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from interleaved import as_dict, machine, race
-from stack import BY_HAND, ROUNDS, Stack, check_equal, make_stack
+from stack import BY_HAND, ROUNDS, STACKS, check_equal, make_stack
 from torch import Tensor
 
 from nnsight_compiler import NNsight, intervene
@@ -23,7 +23,7 @@ FACTOR, SLACK = 1.3, 15.0
 @intervene
 def save_one(model, x):  # type: ignore[no-untyped-def]
     with model.trace(x):
-        hidden = model.layers[1].output
+        hidden = model.layers[3].output
     return hidden
 
 
@@ -49,8 +49,9 @@ OURS: dict[str, Callable[..., Tensor | list[Tensor]]] = {
 }
 
 
-def measure(case: str, model: Stack, x: Tensor) -> dict[str, object]:
+def measure(case: str, kind: str) -> dict[str, object]:
     """One case: bare forward, hand hooks and ours, interleaved."""
+    model, x = make_stack(kind)
     wrapped = NNsight(model)
     hand, ours = partial(BY_HAND[case], model, x), partial(OURS[case], wrapped, x)
     check_equal(case, hand(), ours())
@@ -59,7 +60,7 @@ def measure(case: str, model: Stack, x: Tensor) -> dict[str, object]:
     bound = FACTOR * hooks_added.median + SLACK
     return {
         "case": case,
-        "untouched_layers": len(model.idle),
+        "stack": kind,
         "rounds": ROUNDS,
         "bare_us": round(samples.median("bare"), 2),
         "hooks_added_us": as_dict(hooks_added),
@@ -75,8 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)
     before = machine()
     with torch.no_grad():
-        cases = [measure(case, *make_stack()) for case in BY_HAND]
-        cases += [measure(case, *make_stack(idle=200)) for case in BY_HAND]
+        cases = [measure(case, kind) for kind in STACKS for case in BY_HAND]
     print(json.dumps({"torch": torch.__version__, "before": before, "after": machine(), "cases": cases}, indent=2))
 
 

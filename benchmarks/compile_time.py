@@ -35,8 +35,8 @@ STATEMENTS = (
 def source_of(lines: int) -> str:
     """An experiment of this many lines: reads, tensor code and writes on four layers in turn."""
     head = ["def experiment(model, x):", "    total = 0", "    with model.trace(x):"]
-    body = ["        " + STATEMENTS[n % 4].format(n=n // 4, layer=(n // 4) % 4) for n in range(lines - len(head) - 1)]
-    return "\n".join([*head, *body, "    return total", ""])
+    body = ["        " + STATEMENTS[n % 4].format(n=n // 4, layer=(n // 4) % 4) for n in range(lines - len(head) - 2)]
+    return "\n".join([*head, *body, "        total = total + model.output.sum()", "    return total", ""])
 
 
 def load(source: str, folder: Path, number: int) -> ModuleType:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 def save_one(model: NNsight, x: Tensor) -> Tensor:
     with model.trace(x):
-        hidden = model.layers[1].output.save()
+        hidden = model.layers[3].output.save()
     return hidden
 
 

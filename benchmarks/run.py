@@ -40,7 +40,8 @@ def call_cost(ours: Mapping[str, Any], peer: Mapping[str, Any] | None) -> str:
     """The call-cost table. A peer has its own process, so its column is what it adds to the bare forward there."""
     rows = [
         [
-            case["case"] + (f", {case['untouched_layers']} untouched layers" if case["untouched_layers"] else ""),
+            case["stack"],
+            case["case"],
             f"{case['bare_us']:.1f}",
             interval(case["hooks_added_us"]),
             interval(case["ours_added_us"]),
@@ -50,7 +51,7 @@ def call_cost(ours: Mapping[str, Any], peer: Mapping[str, Any] | None) -> str:
         ]
         for case in ours["cases"]
     ]
-    header = ["case", "bare forward", "hooks add", "ours adds", "ours − hooks", "bound", "within"]
+    header = ["stack", "case", "bare forward", "hooks add", "ours adds", "ours − hooks", "bound", "within"]
     parts = [
         "# Cost of a call beyond the bare forward",
         "Microseconds of wall time, medians of paired differences with their 95 % intervals"

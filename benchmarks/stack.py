@@ -15,31 +15,66 @@ TOLERANCE = 1e-4
 
 
 class Stack(nn.Module):
-    """Four `Linear(8)`, and `idle` more of them that no experiment touches."""
+    """Four `Linear(8)`. What is saved comes last, so that no contestant can save time by ending the forward there."""
 
-    def __init__(self, idle: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-        self.idle = nn.ModuleList(nn.Linear(8, 8) for _ in range(idle))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        for layer in self.idle:
-            x = layer(x)
         return x
 
 
-def make_stack(idle: int = 0) -> tuple[Stack, Tensor]:
+class IdleStack(Stack):
+    """With 200 more layers which never run: a bigger module tree, and the same forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.ModuleList(nn.Linear(8, 8) for _ in range(200))
+
+
+class LongStack(IdleStack):
+    """With 200 more layers which run first and which no experiment touches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.idle:
+            x = layer(x)
+        return super().forward(x)
+
+
+class ControlStack(Stack):
+    """With as much work before the four layers as in `LongStack`, but not done by modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(200):
+            x = nn.functional.linear(x, self.weight)
+        return super().forward(x)
+
+
+STACKS: dict[str, type[Stack]] = {
+    "four layers": Stack,
+    "and 200 that do not run": IdleStack,
+    "and 200 that run": LongStack,
+    "and 200 products without modules": ControlStack,
+}
+
+
+def make_stack(kind: str = "four layers") -> tuple[Stack, Tensor]:
     """A stack with seeded weights, and an input for it, `[rows=4, width=8]`."""
     torch.manual_seed(0)
-    return Stack(idle).eval(), torch.randn(4, 8)
+    return STACKS[kind]().eval(), torch.randn(4, 8)
 
 
 def hooks_one(model: Stack, x: Tensor) -> Tensor:
-    """Saves one layer's output."""
+    """Saves the last layer's output."""
     saved = []
-    handle = model.layers[1].register_forward_hook(lambda module, arguments, output: saved.append(output.clone()))
+    handle = model.layers[3].register_forward_hook(lambda module, arguments, output: saved.append(output.clone()))
     try:
         model(x)
     finally:
