@@ -62,6 +62,12 @@ class _Frame:
     branch: int = 0
 
 
+ENTERED_AGAIN = frozenset(
+    f"torch.{name}" for name in ("no_grad", "enable_grad", "inference_mode", "autocast", "amp.autocast")
+)
+"""Contexts that mean the same around several parts as around the whole."""
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     """An op of a forward, to be placed. `merge`: it stands for the results of a condition."""
@@ -145,7 +151,7 @@ class _Schedule:
         self.writers: dict[tuple[str, str, int | None], list[_Entry]] = defaultdict(list)
         self.places: dict[int, Place] = {}
         self.detached: set[str] = set()
-        self.entered: dict[Root, int] = {}
+        self.entered: dict[Root, set[int]] = {}
         self.originals: dict[int, Op] = {}
         """For a loop that lost its reads, the op that the memory analysis knows."""
 
@@ -299,9 +305,9 @@ class _Schedule:
     def _touched(self, op: Op) -> tuple[set[object], set[object]]:
         """What an op reads and writes besides sites: storages of the program's, and the world outside."""
         op = self.originals.get(id(op), op)
-        later = self._later(op)
-        reads = {_key(root) for root in self.memory.reads(op) - later if not isinstance(root, Site)}
-        writes = {_key(root) for root in self.memory.writes(op) - later if not isinstance(root, Site)}
+        elsewhere = self._elsewhere(op)
+        reads = {_key(root) for root in self.memory.reads(op) - elsewhere if not isinstance(root, Site)}
+        writes = {_key(root) for root in self.memory.writes(op) - elsewhere if not isinstance(root, Site)}
         for inner in (op, *(each for part in regions(op) for each in walk(part))):
             match inner:
                 case ops.Call():
@@ -316,22 +322,21 @@ class _Schedule:
                     writes.add("effects") if not isinstance(inner, (ops.Unpack, ops.Bound)) else reads.add("effects")
         return reads, writes
 
-    def _later(self, op: Op) -> frozenset[Root]:
-        """Storages that the model is given only after the sites of an op: no value there can be one of them."""
+    def _elsewhere(self, op: Op) -> frozenset[Root]:
+        """Storages that the model is given at other sites than those of an op. A site may hold one of them where the
+        model hands it on, but between sites the order of the forward rules."""
         if not self.entered:
             return frozenset()
         inner = [op, *(each for part in regions(op) for each in walk(part))]
         if any(self.memory.calls_closures(each) for each in inner):
             return frozenset()
-        named = frozenset().union(*(self.memory.named(each) for part in inner for each in operands(part)))
-        sites = [self._place(root, op.span).time for root in self._sites(named)]
-        return frozenset(
-            root for root, time in self.entered.items() if root not in named and time > max(sites, default=BEFORE)
-        )
+        named = frozenset[Root]().union(*(self.memory.named(each) for part in inner for each in operands(part)))
+        here = {BEFORE, *(self._place(root, op.span).time for root in self._sites(named))}
+        return frozenset(root for root, times in self.entered.items() if root not in named and not times & here)
 
-    def _entered(self) -> dict[Root, int]:
-        """The storages of the program's that the model is given in this forward, and when first."""
-        entered: dict[Root, int] = {}
+    def _entered(self) -> dict[Root, set[int]]:
+        """The storages that the model is given in this forward, and when."""
+        entered: dict[Root, set[int]] = defaultdict(set)
         given: list[tuple[Operand, int]] = [(each.value, BEFORE) for each in self.forward.arguments]
         for op in walk(self.forward.body):
             if isinstance(op, (ops.Write, ops.Skip)):
@@ -339,14 +344,12 @@ class _Schedule:
             elif isinstance(op, (ops.SetItem, ops.SetAttribute)):
                 sites = self._sites(self.memory.named(op.object))
                 given.extend((op.value, self._place(site, op.span).time) for site in sites)
-            elif isinstance(op, ops.Call) and self._sites(
-                self._targets(op) if in_place(op, self.memory) else frozenset()
-            ):
+            elif isinstance(op, ops.Call) and in_place(op, self.memory) and self._sites(self._targets(op)):
                 given.extend((argument.value, BEFORE) for argument in op.arguments)
         for operand, time in given:
             for root in self.memory.named(operand):
                 if not isinstance(root, Site):
-                    entered[root] = min(time, entered.get(root, time))
+                    entered[root].add(time)
         return entered
 
     # --- times ---
@@ -406,7 +409,7 @@ class _Schedule:
         if any(self.memory.calls_closures(each) for each in inner):
             roots = self.memory.writes(op)
         else:
-            roots = frozenset().union(*map(self._targets, changing))
+            roots = frozenset[Root]().union(*map(self._targets, changing))
         return {self._place(root, op.span) for root in self._sites(roots)}
 
     def _targets(self, op: Op) -> frozenset[Root]:
@@ -421,7 +424,7 @@ class _Schedule:
                 assert known is not None
                 changed = self.memory.origins.at(op, known.mutates)
                 of = self.memory.roots if known.behaviour is Behaviour.CONTAINER else self.memory.named
-                return frozenset().union(*(of(argument.value) for argument in changed))
+                return frozenset[Root]().union(*(of(argument.value) for argument in changed))
         return self.memory.writes(op)
 
     def _refuse(self, entry: _Entry) -> NoReturn:
@@ -462,11 +465,43 @@ class _Schedule:
                 if maker is entry or (maker.time == entry.time and not self._stores(entry, value)):
                     continue
                 entry.changes[value.name] = self._copied(value, entry.order[0])
+        for entry in list(self.entries):
+            if isinstance(entry.op, (ops.Write, ops.Skip)):
+                for value in dict.fromkeys(values_in(entry.op.value)):
+                    if self._shared(entry, value):
+                        entry.changes[value.name] = self._given(entry, entry.changes.get(value.name, value))
         for name in self.placement.used_outside:
             if name in self.makers and self.placement.homes.get(name) == self.forward.result.name:
                 left = self._value(name)
                 if left is not None and self._live(left):
                     self.placement.leaving[name] = self._copied(left, len(self.entries) + len(self.copies))
+
+    def _shared(self, write: _Entry, value: Value) -> bool:
+        """Whether what a write gives to the model, which may go on to change it in place, is also something else. A
+        value that the program itself changes after the write stays one with the site."""
+        if value.name in write.changes:
+            return True
+        roots = self.memory.named(value)
+        if self._sites(roots):
+            return False
+        after = [each for each in self.entries if each.order > write.order or each.time > write.time]
+        if any(not each.merge and in_place(each.op, self.memory) and self._targets(each.op) & roots for each in after):
+            return False
+        if any(not isinstance(root, Fresh) for root in roots) or value.name not in self.makers:
+            return bool(roots)
+        outside = (self._value(name) for name in self.placement.used_outside if name in self.makers)
+        later = (used for each in after for used in self._uses(each))
+        return any(self.memory.named(each) & roots for each in (*later, *outside) if each is not None)
+
+    def _given(self, write: _Entry, value: Value) -> Value:
+        """A copy of a value for the model alone."""
+        given = self.placement.builder.fresh(value.name)
+        save = ops.Save(given, value, span=write.op.span)
+        entry = _Entry(save, (write.order[0], -1), write.frames, time=write.time)
+        self.entries.append(entry)
+        self.makers[given.name] = entry
+        self.detached.add(given.name)
+        return given
 
     def _value(self, name: str) -> Value | None:
         op = self.makers[name].op
@@ -596,13 +631,33 @@ class _Schedule:
 
     def _with(self, owner: ops.With, piece: list[_Entry], depth: int) -> ops.With:
         result = owner.result
-        if any(
-            part.frames[depth].op is owner
-            for part in self.entries
-            if part.time < piece[0].time and len(part.frames) > depth
-        ):
+        inside = {id(entry) for entry in piece}
+        others = [
+            entry
+            for entry in self.entries
+            if id(entry) not in inside and len(entry.frames) > depth and entry.frames[depth].op is owner
+        ]
+        if others and not self._enters_again(owner):
+            first, other = sorted((piece[0], others[0]), key=lambda entry: entry.time)
+            raise CompileError(
+                [
+                    Diagnostic(
+                        owner.span,
+                        "this context would have to be entered several times: what it covers happens at different times"
+                        " of the forward",
+                        "put it around the whole trace, or around what happens at one module",
+                        ((first.op.span, "this is first"), (other.op.span, "this is later")),
+                    )
+                ]
+            )
+        if any(entry.time < piece[0].time for entry in others):
             result = self.placement.builder.fresh(owner.result.name)
         return replace(owner, result=result, body=Region((), tuple(self._gather(piece, depth + 1))))
+
+    def _enters_again(self, owner: ops.With) -> bool:
+        """Whether a context may be entered several times, each time for a part of what it covers."""
+        made = (op for op in self.placement.program.walk() if any(value == owner.context for value in defined(op)))
+        return any(isinstance(op, ops.Call) and op.target in ENTERED_AGAIN for op in made)
 
     def _condition(self, owner: ops.If, piece: list[_Entry], depth: int) -> ops.If:
         merge = next(

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import CellType, FunctionType
+from types import CellType, FunctionType, NoneType
 from typing import Any, NoReturn
 from typing import Literal as OneOf
 
@@ -573,7 +573,7 @@ class Specialiser:
             with self.kept(op) as made:
                 self.conditions.append((id(op), condition))
                 end = self.region(region)
-                if self.forward is not None and end.kind in ("return", "break", "continue"):
+                if self.needs_folding(end):
                     self.fold_conditions()
                 self.conditions.pop()
                 self.leave(end)
@@ -586,6 +586,15 @@ class Specialiser:
         if all(end.kind not in ("end", "yield") for end in ends):
             return Completion("never")
         return None
+
+    def needs_folding(self, end: Completion) -> bool:
+        """Whether the specialised program has no op for leaving a condition in this way."""
+        match end.kind:
+            case "return":
+                return self.forward is not None or bool(self.inlined)
+            case "break" | "continue":
+                return not self.rolled
+        return False
 
     def for_(self, op: ops.For) -> Completion | None:
         iterable = self.abstract(op.iterable)
@@ -761,6 +770,7 @@ class Specialiser:
         self.scope[op.result] = Abstract(None, Tracer(result), span=span)
         arguments = tuple(replace(argument, value=self.used(argument.value)) for argument in op.arguments)
         self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments)
+        self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
         self.forward = Forwarding(result, module, span)
         outer, self.conditions = self.conditions, []
@@ -769,6 +779,19 @@ class Specialiser:
         self.forward, self.conditions = None, outer
         self.emit(ops.Forward(result, module.model, op.method, arguments, Region((), tuple(made)), span=span))
         return None if completion.kind in ("end", "yield") else completion
+
+    def rely_on_options(self, arguments: tuple[ops.Argument, ...]) -> None:
+        """Guards on the switches and counts among a forward's keyword arguments: they may decide which modules run."""
+        for argument in arguments:
+            fact = self.abstract(argument.value).fact
+            if not isinstance(fact, Known) or fact.text is None:
+                continue
+            if argument.keyword is not None and isinstance(fact.value, (int, NoneType)):
+                self.guards.add(fact.text, "value", fact.value)
+            elif argument.star == "**" and isinstance(fact.value, dict):
+                for name, value in fact.value.items():
+                    if isinstance(value, (int, NoneType)):
+                        self.guards.add(f"{fact.text}[{name!r}]", "value", value)
 
     # --- closures ---
 

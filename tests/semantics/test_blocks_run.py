@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight_compiler import ExperimentError, NNsight, intervene, save
+from nnsight_compiler import CompileError, ExperimentError, NNsight, intervene, save
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
@@ -153,10 +153,26 @@ def test_with_items_after_the_trace():
         log.append(f"out {name}")
 
     with model.trace(X), noted("a") as a:
-        result = model.output.save()
-    assert torch.equal(result, NET(X))
+        result = a * 2
+    assert result == "aa"
     assert log == ["in a", "out a"]
     assert a == "a"
+
+
+def test_a_context_inside_the_trace_over_several_sites_is_refused():
+    """It could not be entered once: `a` is known before the model runs, the output when it ends."""
+
+    @contextlib.contextmanager
+    def noted(name):
+        log.append(name)
+        yield name
+
+    log = []
+    with pytest.raises(CompileError, match=r"test_blocks_run\.py:\d+:\d+: this context[\s\S]*way out"):
+        with model.trace(X), noted("a"):
+            first = model.layers[0].output.save()  # noqa: F841
+            result = model.output.save()  # noqa: F841
+    assert log == []
 
 
 def test_with_items_before_the_trace():
@@ -530,7 +546,7 @@ test_use_of_an_unsaved_value_names_its_line.__wrapped_line__ = (
 
 
 def test_an_unsaved_value_that_is_not_used_is_fine():
-    with model.trace(X):
+    with pytest.warns(UserWarning, match="`hidden`"), model.trace(X):
         hidden = model.layers[0].output
         hidden = hidden * 2  # noqa: F841
         result = model.output.save()

@@ -403,3 +403,26 @@ def test_a_module_called_more_often_on_other_inputs():
                     outs.append(want)
             assert torch.equal(h, outs[call]), (times, call)
             assert torch.equal(result, want)
+
+
+def test_a_block_with_a_switch_of_the_model_that_changes():
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, first=True, scale=1.0):
+            return (self.b(self.a(x)) if first else self.a(self.b(x))) * scale
+
+    net = Switch().eval()
+    wrapped = NNsight(net)
+    for first in (True, False, True):
+        with wrapped.trace(X, first=first, scale=2.0):
+            early = (wrapped.a.output if first else wrapped.b.output) * 0
+            if first:
+                wrapped.b.output += early
+            else:
+                wrapped.a.output += early
+            result = wrapped.output.save()
+        with torch.no_grad():
+            assert torch.equal(result, net(X, first, 2.0))

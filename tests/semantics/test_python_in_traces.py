@@ -466,28 +466,44 @@ def test_random_order_is_the_order_of_execution():
 # --- contexts and exceptions ---
 
 
-def test_try_and_finally():
+def test_try_in_a_trace_is_refused_and_works_in_a_helper():
     log = []
+
+    @intervene
+    def refused(model, x):
+        with model.trace(x):
+            try:
+                h = model.layers[1].output
+            except IndexError:
+                h = 0
+        return h
+
+    with pytest.raises(CompileError, match=r"test_python_in_traces\.py:\d+:\d+: try/except[\s\S]*way out: .*helper"):
+        refused(model, X)
+
+    def pick(h, position):
+        try:
+            picked = h[:, position]
+        except IndexError:
+            picked = h[:, 0]
+            log.append("caught")
+        else:
+            log.append("else")
+        finally:
+            log.append("finally")
+        return picked
 
     @intervene
     def run(model, x, position):
         with model.trace(x):
-            h = model.layers[1].output
-            try:
-                picked = h[:, position]
-            except IndexError:
-                picked = h[:, 0]
-                log.append("caught")
-            else:
-                log.append("else")
-            finally:
-                log.append("finally")
+            picked = pick(model.layers[1].output, position)
             result = model.output
         return picked, result
 
     assert torch.equal(run(model, X, 2)[0], PLAIN[1][:, 2])
     assert torch.equal(run(model, X, 99)[0], PLAIN[1][:, 0])
-    assert log == ["else", "finally", "caught", "finally"]
+    assert torch.equal(run(model, X, 99)[1], PLAIN["result"])
+    assert log == ["else", "finally", "caught", "finally", "caught", "finally"]
 
 
 def test_raise_and_assert():
