@@ -35,6 +35,7 @@ def copy_on_save(program: Program) -> Program:
         return (
             made_here
             and not memory.live(save.value)
+            and not memory.live(save.result)
             and not memory.escaped(save.value)
             and not memory.overlap(roots, written)
         )

@@ -200,9 +200,27 @@ def test_a_tensor_from_outside_that_is_assigned_is_not_changed_by_the_model(mode
             return model.lm_head.output
 
     given = torch.ones(1, 6, 32)
-    experiment(model, clean, given)
     first = experiment(model, clean, given)
-    assert torch.isfinite(first).all()
+    assert torch.equal(given, torch.ones(1, 6, 32))
+    assert_close(experiment(model, clean, given), first)
+
+
+def test_what_is_assigned_before_an_inplace_activation_stays_as_it_was(stack, batch) -> None:
+    @intervene
+    def experiment(model, x, value):
+        with model.trace(x):
+            mine = value * 1
+            model.blocks[0].linear.output = mine
+            model.blocks[1].linear.output = value
+            into = model.blocks[1].input
+            model.blocks[2].linear.output = into
+            return mine, into, model.blocks[1].input, model.output
+
+    given = -torch.ones(2, 4, 8)
+    mine, into, again, _ = experiment(stack, batch, given)
+    assert torch.equal(given, -torch.ones(2, 4, 8))
+    assert torch.equal(mine, given)
+    assert torch.equal(into, again)
 
 
 def test_a_wrong_shape_is_refused_by_line(model, clean) -> None:

@@ -429,7 +429,7 @@ def compare(text: str, net: Net) -> None:
         assert torch.allclose(value, other, atol=1e-5), f"value {number} differs:\n{value}\n{other}\nin\n{text}"
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(text=programs())
 def test_random_experiments(net: Net, text: str) -> None:
     compare(text, net)
