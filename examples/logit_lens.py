@@ -17,8 +17,9 @@ def logit_lens(model, prompt):
     return torch.stack(logits).softmax(-1)
 
 
-model = LanguageModel(sys.argv[1] if len(sys.argv) > 1 else "tiny")
-for layer, probabilities in enumerate(logit_lens(model, "The Eiffel Tower is in the city of")):
-    values, tokens = probabilities.topk(3)
-    words = (f"{model.tokenizer.decode(token)!r} {value:.3f}" for value, token in zip(values, tokens, strict=True))
-    print(f"layer {layer:2}:", "  ".join(words))
+if __name__ == "__main__":
+    model = LanguageModel(sys.argv[1] if len(sys.argv) > 1 else "tiny")
+    for layer, probabilities in enumerate(logit_lens(model, "The Eiffel Tower is in the city of")):
+        values, tokens = probabilities.topk(3)
+        words = (f"{model.tokenizer.decode(token)!r} {value:.3f}" for value, token in zip(values, tokens, strict=True))
+        print(f"layer {layer:2}:", "  ".join(words))

@@ -25,15 +25,18 @@ def steer(model, prompt, layer, vector, strength):
     return logits.softmax(-1)
 
 
-model = LanguageModel(sys.argv[1] if len(sys.argv) > 1 else "tiny")
-prompt = "The Space Needle is in the city of"
-vector = steering_vector(model, "The Eiffel Tower is in the city of", prompt, layer=0)
-paris, seattle = (model.tokenizer(name, add_special_tokens=False)["input_ids"][0] for name in (" Paris", " Seattle"))
-
-for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
-    probabilities = steer(model, prompt, 0, vector, strength)
-    print(
-        f"strength {strength:.2f}: P(' Paris') {probabilities[paris]:.3f}  P(' Seattle') {probabilities[seattle]:.3f}"
+if __name__ == "__main__":
+    model = LanguageModel(sys.argv[1] if len(sys.argv) > 1 else "tiny")
+    prompt = "The Space Needle is in the city of"
+    vector = steering_vector(model, "The Eiffel Tower is in the city of", prompt, layer=0)
+    paris, seattle = (
+        model.tokenizer(name, add_special_tokens=False)["input_ids"][0] for name in (" Paris", " Seattle")
     )
 
-print(steer.cache_info())
+    for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
+        probabilities = steer(model, prompt, 0, vector, strength)
+        print(
+            f"strength {strength:.2f}: P(' Paris') {probabilities[paris]:.3f}  P(' Seattle') {probabilities[seattle]:.3f}"
+        )
+
+    print(steer.cache_info())

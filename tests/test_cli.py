@@ -227,6 +227,15 @@ def test_a_compile_error_names_its_line_and_exits_with_1(nnsightc, file: Path) -
     assert "Traceback" not in outcome.err
 
 
+def test_the_file_does_not_see_the_command_line(nnsightc, tmp_path: Path) -> None:
+    file = tmp_path / "looks_at_argv.py"
+    file.write_text(
+        "import sys\nfrom nnsight_compiler import intervene\nseen = list(sys.argv)\n\n"
+        "@intervene\ndef arguments():\n    return seen\n"
+    )
+    assert nnsightc("run", file).out == f"[{str(file)!r}]\n"
+
+
 # --- refusals ---
 
 

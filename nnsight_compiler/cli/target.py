@@ -90,9 +90,13 @@ class Target:
         if specification is None or specification.loader is None:
             raise RefusalError(f"{self.file} cannot be imported", "give the path of a file that ends in .py")
         module = importlib.util.module_from_spec(specification)
-        # As when Python runs a file: its folder comes first, and the module can be found under its name.
+        # As when Python runs a file without arguments: its folder comes first, and the module is found by its name.
         sys.path.insert(0, str(self.file.resolve().parent))
         sys.modules[self.file.stem] = module
-        with user_code():
-            specification.loader.exec_module(module)
+        arguments, sys.argv = sys.argv, [str(self.file)]
+        try:
+            with user_code():
+                specification.loader.exec_module(module)
+        finally:
+            sys.argv = arguments
         return module
