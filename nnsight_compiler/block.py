@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dis
+import inspect
 import sys
 import threading
 from collections.abc import Iterator
@@ -32,9 +33,27 @@ class UnsavedValueError(ExperimentError):
     """A value of the model that was not saved, used after its trace."""
 
 
+class _Refusing:
+    """Any use of it raises, as its `_refuse` says."""
+
+    __slots__ = ()
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_repr_") or name.startswith("_ipython_"):
+            raise AttributeError(name)
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        next(each for each in _parts((args, kwargs)) if isinstance(each, cls))._refuse()
+
+
 @final
-class Unsaved:
-    """Stands for a value of the model that was not saved: any use of it raises, naming the line that made it."""
+class Unsaved(_Refusing):
+    """Stands for a value of the model that was not saved; its use names the line that made it."""
 
     __slots__ = ("_name", "_span")
 
@@ -51,14 +70,21 @@ class Unsaved:
             f"  way out: save it where it is made: `{self._name} = ….save()`"
         )
 
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_repr_") or name.startswith("_ipython_"):
-            raise AttributeError(name)
-        self._refuse()
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        next(each for each in _parts((args, kwargs)) if isinstance(each, Unsaved))._refuse()
+@final
+class Deleted(_Refusing):
+    """Stands for a variable that a block deleted, or only it could hold."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        object.__setattr__(self, "_name", name)
+
+    def __repr__(self) -> str:
+        return f"<`{self._name}`, which a trace left without a value>"
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise UnboundLocalError(f"cannot access local variable '{self._name}' where it is not associated with a value")
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -69,8 +95,10 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from _parts(each)
 
 
-_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "matmul", "pow", "and", "or", "xor", "lshift",
-               "rshift")  # fmt: skip
+_ARITHMETIC = (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "matmul", "pow", "and", "or", "xor", "lshift",
+    "rshift",
+)  # fmt: skip
 for _name in (
     *(f"__{kind}{name}__" for name in _ARITHMETIC for kind in ("", "r", "i")),
     *(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "round", "hash")),
@@ -78,7 +106,7 @@ for _name in (
     *(f"__{name}__" for name in ("len", "iter", "next", "reversed", "contains", "getitem", "setitem", "delitem")),
     *(f"__{name}__" for name in ("call", "enter", "exit", "setattr", "delattr", "copy", "deepcopy", "reduce_ex")),
 ):
-    setattr(Unsaved, _name, Unsaved._refuse)
+    setattr(_Refusing, _name, lambda self, *args, **kwargs: self._refuse(*args, **kwargs))
 
 
 @final
@@ -139,7 +167,7 @@ class Trace:
         """The values of the block's parameters: the trace's own, then what the block reads from the frame."""
         names = site.cache.names
         held = frame.f_locals
-        reads = [held[name] if name in held else UNBOUND for name in site.block.reads]
+        reads = [held.get(name, UNBOUND) for name in site.block.reads]
         values = (self._model, self._args, dict(self._kwargs), *reads)
         given = {name: value for name, value in zip(names, values, strict=True) if value is not UNBOUND}
         return values, given
@@ -200,15 +228,21 @@ def _exported(block: Block, compiled: Compiled, results: Any) -> dict[str, Any]:
 
 
 def _write(frame: FrameType, values: dict[str, Any]) -> None:
-    """Assigns variables of a running frame, and deletes those whose value is `UNBOUND`."""
+    """Assigns variables of a running frame, and deletes those whose value is `UNBOUND`.
+
+    A variable of a function cannot be deleted from outside since Python 3.12; something that raises takes its place.
+    """
     held = frame.f_locals  # asked for once: before 3.13 each access reads all variables anew
+    of_function = bool(frame.f_code.co_flags & inspect.CO_OPTIMIZED)
     for name, value in values.items():
         if value is not UNBOUND:
             held[name] = value
+        elif name in held and of_function:
+            held[name] = Deleted(name)
         elif name in held:
             del held[name]
     if sys.version_info < (3, 13) and held is not frame.f_globals:
-        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(1))
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
 
 
 def _following(code: CodeType, offset: int) -> dis.Instruction | None:

@@ -48,13 +48,18 @@ class _Stop(BaseException):
 @final
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """One function at one site. `call`: the number of the call, for a module that runs several times."""
+    """One function at one site.
+
+    call: the number of the call, for a module that runs several times.
+    calls: how often the module must run, where the call was counted from the end.
+    """
 
     path: str
     port: OneOf["output", "input"]
     call: int | None
     function: SiteFunction
     span: Span
+    calls: int | None = None
 
     def __str__(self) -> str:
         return f"`{self.path or 'the model'}` {self.port}"
@@ -85,7 +90,7 @@ class Forward:
         args, kwargs = model._prepare(args, kwargs)
         run = object()
         fired = [0] * len(self.sites)
-        stops = self.stops and not root.training
+        stops = self.stops and not root.training and all(site.calls is None for site in self.sites)
         last = len(self.sites) - 1
         handles = []
         before = _ACTIVE.run
@@ -97,7 +102,9 @@ class Forward:
                     started = None if site.call is None else _Started(run)
                     if started is not None:
                         handles.append(module.register_forward_pre_hook(started))
-                    handles.append(module.register_forward_hook(_output_hook(site, run, state, fired, index, ends, started)))
+                    handles.append(
+                        module.register_forward_hook(_output_hook(site, run, state, fired, index, ends, started))
+                    )
                 else:
                     hook = _input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -115,6 +122,12 @@ class Forward:
             for handle in handles:
                 handle.remove()
         for site, count in zip(self.sites, fired, strict=True):
+            if site.calls is not None and count != site.calls:
+                raise RunError(
+                    f"{site.span}: {site} ran {count} times in this forward, but {site.calls} times in the one that"
+                    " this was compiled for, so that a call counted from the end is another one\n"
+                    "  way out: count from the start, as in `.calls[0]`"
+                )
             if count != 1 and (site.call is None or count <= site.call):
                 self._missed(site, count)
 
@@ -140,7 +153,8 @@ class Forward:
                 "  way out: address a module that runs on these inputs"
             )
         raise RunError(
-            f"{site.span}: {site} ran {count} times in this forward, and what the experiment does there is meant for one\n"
+            f"{site.span}: {site} ran {count} times in this forward, and what the experiment does there is meant for"
+            " one\n"
             "  way out: say which call is meant, as in `.calls[0].output`"
         )
 

@@ -67,7 +67,9 @@ class _Generator(Statements):
         functions = link(self, made, globals_, closure, program.span) if sites else []
         plans: dict[int, list[SitePlan]] = {id(op): [] for op in forwards}
         for (op, at, _), function in zip(sites, functions, strict=True):
-            plans[id(op)].append(SitePlan(at.module.path, at.port, at.call, function, at.span))
+            plans[id(op)].append(
+                SitePlan(at.module.path, at.port, at.call, function, at.span, _counted_from_the_end(at))
+            )
         for op in forwards:
             self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), self._brings(op), op.span)
         driver = self._driver(bool(sites))
@@ -262,6 +264,12 @@ def _placed(op: ForwardOp) -> Iterator[At]:
     for at in op.body.ops:
         assert isinstance(at, At), "a program is placed before it is planned"
         yield at
+
+
+def _counted_from_the_end(at: At) -> int | None:
+    """How often the module of a site must run for `.calls[-1]` and the like to mean this site."""
+    calls = (op.call for op in walk(at.body) if isinstance(op, (Read, Write)) and op.call is not None and op.call < 0)
+    return next(((at.call or 0) - call for call in calls), None)
 
 
 def _stops(op: ForwardOp) -> bool:

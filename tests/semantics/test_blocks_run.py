@@ -1,6 +1,9 @@
 """Undecorated `with model.trace(…)`, wherever Python allows a `with`. The oracle: torch hooks written by hand."""
 
+# ruff: noqa: F821, PT012, PT031, SIM117
+
 import contextlib
+import linecache
 import subprocess
 import sys
 import textwrap
@@ -476,7 +479,9 @@ def test_plain_values_come_back_as_in_python():
         else:
             missing = 1
         result = model.output.save()
-        def local(y): return y + number  # noqa: E704  # fmt: skip
+
+        def local(y): return y + number  # fmt: skip
+
     assert (number, text, items, each, chosen) == (3, "ab", [1, 2, 3], 3, "yes")
     assert "missing" not in locals()
     assert local(1) == 4
@@ -489,7 +494,22 @@ def test_a_deleted_variable():
         result = model.output.save()
         del gone
     assert torch.equal(result, NET(X))
-    assert "gone" not in locals()
+    with pytest.raises(UnboundLocalError, match="'gone'"):
+        gone + 1
+
+
+def test_a_deleted_variable_of_a_module():
+    scope = {}
+    path = Path(__file__).with_name("no_such_file.py")
+    text = "with model.trace(X):\n    result = model.output.save()\n    del gone\n"
+    linecache.cache[str(path)] = len(text), None, text.splitlines(keepends=True), str(path)
+    try:
+        scope.update(model=model, X=X, gone=1)
+        exec(compile(text, str(path), "exec"), scope)
+    finally:
+        del linecache.cache[str(path)]
+    assert torch.equal(scope["result"], NET(X))
+    assert "gone" not in scope
 
 
 UNSAVED_USES = {
@@ -548,7 +568,7 @@ test_use_of_an_unsaved_value_names_its_line.__wrapped_line__ = (
 def test_an_unsaved_value_that_is_not_used_is_fine():
     with pytest.warns(UserWarning, match="`hidden`"), model.trace(X):
         hidden = model.layers[0].output
-        hidden = hidden * 2  # noqa: F841
+        hidden = hidden * 2
         result = model.output.save()
     assert torch.equal(result, NET(X))
 
@@ -595,7 +615,9 @@ def test_exec_names_from_source_which_works():
     text = "with model.trace(X):\n    hidden = model.layers[0].output.save()\n"
     with pytest.raises(ExperimentError, match=r"intervene\.from_source"):
         exec(text, {"model": model, "X": X})
-    text = "@intervene\ndef read(model, x):\n    with model.trace(x):\n        h = model.layers[0].output\n    return h\n"
+    text = (
+        "@intervene\ndef read(model, x):\n    with model.trace(x):\n        h = model.layers[0].output\n    return h\n"
+    )
     scope = {"intervene": intervene}
     with pytest.raises(ExperimentError, match=r"intervene\.from_source"):
         exec(text + "read(model, X)\n", {**scope, "model": model, "X": X})

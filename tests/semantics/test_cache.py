@@ -192,7 +192,7 @@ def test_a_changed_closure_is_noticed():
     net = make()
     model = NNsight(net)
     x = torch.randn(2, 4)
-    for layer, scale in ((0, 2.0), (0, 3.0), (2, 3.0), (2, 0.5)):  # noqa: B007
+    for layer, scale in ((0, 2.0), (0, 3.0), (2, 3.0), (2, 0.5)):
         assert torch.equal(scaled(model, x), output(net, layer, x) * scale)
     assert scaled.cache_info().misses == 2
 

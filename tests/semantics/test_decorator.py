@@ -89,7 +89,7 @@ class Child(Probe):
 
     @intervene
     def method(self, x):
-        base = super(Child, self).method(x)
+        base = super(Child, self).method(x)  # noqa: UP008
         with model.trace(x):
             h = model[0].output * 10
         return base + h
@@ -139,7 +139,9 @@ def test_super_without_arguments_is_refused_with_a_way_out():
         def method(self, x):
             return super().method(x)
 
-    with pytest.raises(CompileError, match=r"test_decorator\.py:\d+:\d+: super\(\)[\s\S]*way out: .*super\(Class, self\)"):
+    with pytest.raises(
+        CompileError, match=r"test_decorator\.py:\d+:\d+: super\(\)[\s\S]*way out: .*super\(Class, self\)"
+    ):
         Other(2).method(X)
 
 

@@ -1,5 +1,7 @@
 """Nothing fails silently: every error says where, why and what to do; the model stays as it was, whatever happens."""
 
+# ruff: noqa: PT012
+
 import contextlib
 import traceback
 from pathlib import Path
@@ -335,10 +337,9 @@ def test_index_out_of_range_in_the_body_shows_the_users_line():
 def test_the_same_in_a_block():
     net = make()
     model = NNsight(net)
-    with unchanged(net), pytest.raises(IndexError) as caught:
-        with model.trace(X):
-            h = model.layers[1].output
-            picked = h[:, 99].save()
+    with unchanged(net), pytest.raises(IndexError) as caught, model.trace(X):
+        h = model.layers[1].output
+        picked = h[:, 99].save()
     frames = traceback.extract_tb(caught.value.__traceback__)
     assert frames[-1].filename == __file__
     assert frames[-1].line == "picked = h[:, 99].save()"

@@ -315,7 +315,7 @@ def test_libraries():
         with model.trace(x):
             h = model.layers[0].output
             array = numpy.asarray(h)
-            u, s, _ = torch.linalg.svd(h)
+            _u, s, _ = torch.linalg.svd(h)
             back = torch.from_numpy(numpy.tanh(array))
             model.layers[0].output = back
             number = math.sqrt(abs(h.sum().item()))
@@ -403,7 +403,7 @@ def test_effects_happen_once_and_nothing_at_compile_time():
     assert len(log) == 8
 
 
-def test_a_layer_from_an_unknown_call_is_refused_or_right():
+def test_a_layer_from_an_unknown_call_is_refused():
     def choose():
         return 2
 
@@ -414,13 +414,10 @@ def test_a_layer_from_an_unknown_call_is_refused_or_right():
             h = model.layers[layer].output
         return h
 
-    try:
-        found = run(model, X)
-    except CompileError as error:
-        assert "test_python_in_traces.py" in str(error)
-        assert "way out" in str(error)
-    else:
-        assert torch.equal(found, PLAIN[2])
+    with pytest.raises(
+        CompileError, match=r"test_python_in_traces\.py:\d+:\d+: [\s\S]*only a run can give[\s\S]*way out"
+    ):
+        run(model, X)
 
 
 def test_random_numbers_in_the_body():
@@ -547,7 +544,7 @@ def test_a_context_manager_around_ops_of_one_site():
     assert log == ["in", "out"]
 
 
-def test_a_context_manager_around_ops_of_several_sites_is_entered_once_or_refused():
+def test_a_context_manager_around_ops_of_several_sites_is_refused():
     log = []
 
     @contextlib.contextmanager
@@ -565,16 +562,9 @@ def test_a_context_manager_around_ops_of_several_sites_is_entered_once_or_refuse
             result = model.output
         return a, b, result
 
-    try:
-        a, b, result = run(model, X)
-    except CompileError as error:
-        assert "test_python_in_traces.py" in str(error)
-        assert log == []
-    else:
-        assert torch.equal(a, PLAIN[1] * 5)
-        assert torch.equal(b, PLAIN[2] * 5)
-        assert torch.equal(result, PLAIN["result"])
-        assert log == ["in", "out"]
+    with pytest.raises(CompileError, match=r"test_python_in_traces\.py:\d+:\d+: this context[\s\S]*way out"):
+        run(model, X)
+    assert log == []
 
 
 def test_no_grad_around_ops_of_several_sites():
@@ -648,7 +638,7 @@ def test_a_loop_that_ends_on_a_value_of_a_forward():
 
     rounds, scale = 0, 1.0
     while True:
-        norm = outputs({1: lambda out: out * scale})[1].norm()
+        norm = outputs({1: lambda out, s=scale: out * s})[1].norm()
         rounds += 1
         if norm < 0.5:
             break

@@ -1,4 +1,4 @@
-"""Runs are values: threads, nested experiments, modules called in a body, training, gradients. The oracle: torch hooks."""
+"""Runs are values: threads, nested experiments, modules called in a body, training, gradients. Oracle: torch hooks."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ def make(drop=0.0):
 
 
 def by_hand(net, x, write=None, read=None):
-    """One forward with hooks written by hand: `write` is (layer, function), `read` a layer; the read value, the result."""
+    """One forward with hooks: `write` is (layer, function), `read` a layer; gives what was read, and the result."""
     seen, handles = {}, []
     if write is not None:
         layer, function = write
