@@ -35,8 +35,7 @@ if __name__ == "__main__":
 
     for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
         probabilities = steer(model, prompt, 0, vector, strength)
-        print(
-            f"strength {strength:.2f}: P(' Paris') {probabilities[paris]:.3f}  P(' Seattle') {probabilities[seattle]:.3f}"
-        )
+        chances = f"P(' Paris') {probabilities[paris]:.3f}  P(' Seattle') {probabilities[seattle]:.3f}"
+        print(f"strength {strength:.2f}: {chances}")
 
     print(steer.cache_info())
