@@ -198,7 +198,7 @@ def test_no_grad_around_and_beside():
     with torch.no_grad(), model.trace(X):
         result = model.output.save()
     assert torch.equal(result, NET(X))
-    with torch.no_grad():  # noqa: SIM117
+    with torch.no_grad():
         with model.trace(X):
             other = model.output.save()
     assert torch.equal(other, NET(X))
