@@ -72,12 +72,16 @@ class Forward:
     stops: whether nothing that comes after the last site is needed.
     brings: the names in the state of what comes from outside of the forward; gradients are recorded where one of these
         requires them.
+
+    The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second run
+    of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("brings", "sites", "span", "stops")
+    __slots__ = ("_whole", "brings", "sites", "span", "stops")
 
     def __init__(self, sites: tuple[SitePlan, ...], stops: bool, brings: tuple[str, ...], span: Span) -> None:
         self.sites, self.stops, self.brings, self.span = sites, stops, brings, span
+        self._whole: set[Any] = set()
 
     def run(self, model: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
         """Runs the model on these arguments.
@@ -90,7 +94,8 @@ class Forward:
         args, kwargs = model._prepare(args, kwargs)
         run = object()
         fired = [0] * len(self.sites)
-        stops = self.stops and not root.training and all(site.calls is None for site in self.sites)
+        shapes = _shapes(args, kwargs) if self.stops else None
+        stops = shapes in self._whole and not root.training
         last = len(self.sites) - 1
         handles = []
         before = _ACTIVE.run
@@ -130,6 +135,8 @@ class Forward:
                 )
             if count != 1 and (site.call is None or count <= site.call):
                 self._missed(site, count)
+        if shapes is not None and all(site.calls is None for site in self.sites):
+            self._whole.add(shapes)
 
     @staticmethod
     def _module(root: nn.Module, site: SitePlan) -> nn.Module:
@@ -157,6 +164,11 @@ class Forward:
             " one\n"
             "  way out: say which call is meant, as in `.calls[0].output`"
         )
+
+
+def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a forward's inputs may decide how often its modules run, besides what was guarded on."""
+    return tuple([getattr(value, "shape", None) for value in (*args, *kwargs.values())])
 
 
 class _Started:
