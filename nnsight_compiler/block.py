@@ -131,7 +131,7 @@ class Trace:
         self._entered = False
         self._before: tuple[Any, Any, bool] | None = None
         frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnsight_compiler."):
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnsight_compiler.models"):
             frame = frame.f_back
         if not _opens_with(frame):
             raise ExperimentError(

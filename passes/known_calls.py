@@ -78,7 +78,7 @@ def known_target(target: str) -> KnownCall:
 
 def known_function(function: object) -> KnownCall | None:
     """The row of this very object; a function that only bears the same name is not known."""
-    target = _torch_names().get(id(function)) or _python_name(function)
+    target = _torch_names().get(id(function)) or _torch_name(function) or _python_name(function)
     if target is None and isinstance(function, MethodType):
         target = _python_name(function.__func__)
     return None if target is None else _find(target)
@@ -92,6 +92,12 @@ def _torch_names() -> dict[int, str]:
     for identity, target in torch_identities():
         names.setdefault(identity, target)
     return names
+
+
+def _torch_name(function: object) -> str | None:
+    """The name of a function that torch put in the place of another since the table was made, as its compiler does."""
+    target = f"torch.{getattr(function, '__name__', '')}"
+    return target if torch_object(target) is function else None
 
 
 def _python_name(function: object) -> str | None:

@@ -258,6 +258,8 @@ def torch_identities() -> Iterator[tuple[int, str]]:
         found = torch_object(target)
         if found is not None:
             yield id(found), target
+            if hasattr(found, "__wrapped__"):  # torch's compiler may have wrapped what users imported before
+                yield id(found.__wrapped__), target
     for space in _SPACES:
         holder: Any = torch
         for part in space.split(".")[1:-1]:

@@ -4,9 +4,6 @@ import torch
 
 from nnsight_compiler import intervene
 
-# A trace looks for its block in the nearest frame outside of this package: to it, this file is a user's.
-__name__ = "demo_experiments"
-
 
 def first_example(model):
     with model.trace("The Eiffel Tower is in the city of "):  # undecorated
