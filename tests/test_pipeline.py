@@ -1,0 +1,195 @@
+"""The whole way from source to generated code: every program, after every pass, is well formed and reads back the same."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import json
+import re
+import runpy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nnsight_compiler import CompileError, Experiment, IRError, LanguageModel, NNsight, compilation, intervene
+from nnsight_compiler.compilation import PASSES, compile_program, lower_program
+from nnsight_compiler.frontend import lower_file
+from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.parser import parse_program
+from nnsight_compiler.ir.printer import print_program
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.serial import from_json, to_json
+from nnsight_compiler.ir.values import Value
+from nnsight_compiler.ir.verifier import verify
+from nnsight_compiler.passes.manager import DEBUG_VARIABLE, PassResult
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = [*sorted((ROOT / "examples").glob("*.py")), ROOT / "nnsight_compiler" / "demo" / "experiments.py"]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+EXPERIMENTS = [path for path in SHIPPED if path.stem != "train_tiny_model"]
+PAGE = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```ir\n(.*?)```", PAGE, re.DOTALL)
+
+CLEAN, CORRUPT = "The Eiffel Tower is in the city of", "The Space Needle is in the city of"
+"""Eight tokens each, so that positions match."""
+
+torch.set_num_threads(1)
+
+
+def check(program: Program) -> None:
+    """Well formed, and the same after a way through its text and its serial form."""
+    verify(program)
+    assert parse_program(print_program(program)) == program
+    assert from_json(json.loads(json.dumps(to_json(program)))) == program
+
+
+# --- before any model is known ---
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_what_is_shipped_reads_back_the_same(path: Path) -> None:
+    programs = lower_file(path)
+    assert bool(programs) == (path in EXPERIMENTS)
+    for program in programs:
+        check(program)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_the_tests_own_experiments_read_back_the_same(path: Path) -> None:
+    try:
+        programs = lower_file(path)
+    except CompileError as error:
+        pytest.skip(f"it holds what is refused: {error.diagnostics[0].reason}")
+    for program in programs:
+        check(program)
+
+
+# --- specialised, after every pass ---
+
+
+@functools.cache
+def tiny() -> LanguageModel:
+    return LanguageModel("tiny")
+
+
+def network() -> NNsight:
+    torch.manual_seed(0)
+    return NNsight(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+
+
+ARGUMENTS: Mapping[str, Any] = {
+    "prompt": CLEAN, "clean": CLEAN, "corrupt": CORRUPT, "towards": CLEAN, "away": CORRUPT, "layer": 1, "position": -1,
+    "positions": (0, 2), "answer": 5, "other": 7, "vector": torch.ones(2, 64), "strength": 0.5, "unit": 3,
+    "advance": lambda: None,
+}  # fmt: skip
+
+
+@functools.cache
+def namespace(path: Path) -> Mapping[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [str(path)])
+        return runpy.run_path(str(path))
+
+
+def experiments() -> Iterator[Any]:
+    for path in EXPERIMENTS:
+        for program in lower_file(path):
+            if program.kind == "experiment":
+                yield pytest.param(path, program.name, id=f"{path.stem}:{program.name}")
+
+
+def call(experiment: Experiment) -> dict[str, Any]:
+    """The arguments that an experiment is lowered with, by the names of its parameters."""
+    names = [parameter.value.name for parameter in experiment.ir.parameters]
+    if "x" in names:
+        return {"model": network(), "x": torch.ones(1, 4), "unit": 3}
+    return {"model": tiny(), **{name: ARGUMENTS[name] for name in names if name != "model"}}
+
+
+@pytest.mark.parametrize(("path", "name"), [*experiments()])
+def test_every_stage_of_every_experiment(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    experiment = namespace(path)[name]
+    lowered = experiment.lower(**call(experiment))
+    assert tuple(stage for stage, _ in lowered.stages) == PASSES
+    for number, (_, program) in enumerate(lowered.stages):
+        check(program)
+        assert program.passes == PASSES[: number + 1]
+    assert lowered.stages[-1][1] == lowered.program
+    source = lowered.compile().source
+    assert any(isinstance(each, ast.FunctionDef) for each in ast.walk(ast.parse(source)))
+
+
+def test_an_undecorated_block_goes_through_the_same_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    (program,) = (each for each in lower_file(ROOT / "examples" / "first_example.py") if each.kind == "block")
+    stages: list[PassResult] = []
+    names = [parameter.value.name for parameter in program.parameters]
+    values = dict(zip(names, (tiny(), (CLEAN,), {}), strict=True))
+    lowered = lower_program(program, values, {}, {}, stages.append)
+    assert tuple(stage.name for stage in stages) == PASSES
+    for stage in stages:
+        check(stage.program)
+    assert set(lowered.program.exports) == {"hidden_state", "output"}
+    assert not lowered.unsaved
+    ast.parse(compile_program(program, values, {}, {}).source)
+
+
+# --- a bug in a pass ---
+
+
+@intervene
+def read(model, x):
+    with model.trace(x):
+        hidden = model[0].output
+    return hidden
+
+
+@pytest.mark.parametrize("name", ["eliminate_dead_saves", "eliminate_common_subexpressions", "copy_on_save"])
+def test_a_pass_that_breaks_the_program_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(program: Program, **_: object) -> Program:
+        body = dataclasses.replace(program.body, ops=(*program.body.ops[:-1], ops.Return(Value("nowhere"))))
+        return dataclasses.replace(program, body=body)
+
+    monkeypatch.setattr(compilation, name, breaks)
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    before = ", ".join(PASSES[: PASSES.index(name)])
+    with pytest.raises(IRError, match=rf"the pass `{name}`, after {before}, broke the program: .*nowhere"):
+        read.lower(network(), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("name", ["specialise", "place"])
+def test_a_pass_that_raises_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Program:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(compilation, name, fails)
+    with pytest.raises(ZeroDivisionError) as caught:
+        read.lower(network(), torch.ones(1, 4))
+    assert f"in the pass `{name}`" in caught.value.__notes__[0]
+
+
+# --- the page on the passes ---
+
+
+@pytest.mark.parametrize("text", SNIPPETS)
+def test_the_programs_of_the_page_are_well_formed(text: str) -> None:
+    program = parse_program(text)
+    check(program)
+    squeeze = re.compile(r" +(# .*)?$", re.MULTILINE)
+    assert squeeze.sub("", print_program(program)) == squeeze.sub("", text)
+
+
+def test_the_page_has_a_section_for_each_pass_in_order() -> None:
+    sections = re.findall(r"^## `(\w+)`$", PAGE, re.MULTILINE)
+    assert tuple(sections) == PASSES
+    for name in sections:
+        section = PAGE.split(f"## `{name}`\n")[1].split("\n## ")[0]
+        assert section.count("```ir\n") in (1, 2), name
+        (path,) = set(re.findall(r"\bpasses/\w+\.py", section.splitlines()[1]))
+        assert (ROOT / path).is_file()
