@@ -267,6 +267,7 @@ class _Schedule:
             if entry.merge:
                 continue
             reads, writes = self._touched(entry.op)
+            through_sites = self._through_sites(entry.op) if self.entered else set()
             for key in writes:
                 entry.needs.extend(since.pop(key, []))
                 if key in last:
@@ -275,7 +276,8 @@ class _Schedule:
             for key in reads - writes:
                 if key in last:
                     entry.needs.append(last[key])
-                since[key].append(entry)
+                if key not in through_sites:  # such a value is copied where the op runs elsewhere than at its site
+                    since[key].append(entry)
 
     def _looks_up(self, maker: _Entry, entry: _Entry, value: Value) -> bool:
         """Whether an entry only looks up the method that a call calls, for that call alone."""
@@ -327,12 +329,19 @@ class _Schedule:
         model hands it on, but between sites the order of the forward rules."""
         if not self.entered:
             return frozenset()
-        inner = [op, *(each for part in regions(op) for each in walk(part))]
-        if any(self.memory.calls_closures(each) for each in inner):
+        if any(map(self.memory.calls_closures, (op, *(each for part in regions(op) for each in walk(part))))):
             return frozenset()
-        named = frozenset[Root]().union(*(self.memory.named(each) for part in inner for each in operands(part)))
+        named = self._named(op)
         here = {BEFORE, *(self._place(root, op.span).time for root in self._sites(named))}
         return frozenset(root for root, times in self.entered.items() if root not in named and not times & here)
+
+    def _through_sites(self, op: Op) -> set[object]:
+        """The storages that an op may touch as what a site holds, but does not name."""
+        return {_key(root) for root in self.entered.keys() - self._named(self.originals.get(id(op), op))}
+
+    def _named(self, op: Op) -> frozenset[Root]:
+        inner = (op, *(each for part in regions(op) for each in walk(part)))
+        return frozenset[Root]().union(*(self.memory.named(each) for part in inner for each in operands(part)))
 
     def _entered(self) -> dict[Root, set[int]]:
         """The storages that the model is given in this forward, and when."""
@@ -369,7 +378,10 @@ class _Schedule:
         entry.time = max((need.time for need in entry.needs), default=BEFORE)
         if entry.pin is None:
             return
-        if entry.time > entry.pin.time:
+        if entry.time > entry.pin.time and isinstance(op, ops.Read):
+            # To read changes nothing: under a condition that is known only later, it is done in any case.
+            entry.frames, entry.needs = (), []
+        elif entry.time > entry.pin.time:
             self._refuse(entry)
         entry.time = entry.pin.time
 
@@ -465,6 +477,11 @@ class _Schedule:
                 if maker is entry or (maker.time == entry.time and not self._stores(entry, value)):
                     continue
                 entry.changes[value.name] = self._copied(value, entry.order[0])
+        for entry in self.entries:
+            if isinstance(entry.op, (ops.For, ops.While)):
+                kept = rewrite(entry.op, region=self._kept_in)
+                self.originals[id(kept)] = self.originals.get(id(entry.op), entry.op)
+                entry.op = kept
         for entry in list(self.entries):
             if isinstance(entry.op, (ops.Write, ops.Skip)):
                 for value in dict.fromkeys(values_in(entry.op.value)):
@@ -545,6 +562,35 @@ class _Schedule:
             case ops.Store() | ops.Cell() | ops.SetGlobal():
                 return True
         return False
+
+    def _kept_in(self, region: Region) -> Region:
+        """A region of a loop, in which values of the model are copied where they are put into something."""
+        made: list[Op] = []
+        for op in region.ops:
+            copies: dict[str, Value] = {}
+            for value in self._put(op):
+                if self._sites(self.memory.reachable(value)):
+                    copies[value.name] = self.placement.builder.fresh(value.name)
+                    made.append(ops.Save(copies[value.name], value, span=op.span))
+            new = rewrite(op, region=self._kept_in)
+            if copies:
+                change: Callable[[Value], Operand] = lambda value, copies=copies: copies.get(value.name, value)  # type: ignore[misc]  # noqa: E731
+                new = rewrite(new, operand=change)
+            made.append(new)
+        return Region(region.parameters, tuple(made))
+
+    def _put(self, op: Op) -> Iterator[Value]:
+        """The values that an op puts into a container, an object or a global name."""
+        match op:
+            case ops.Call():
+                known = self.memory.origins.known(op)
+                if known is not None and known.behaviour is Behaviour.CONTAINER:
+                    yield from dict.fromkeys(value for part in op.arguments for value in values_in(part.value))
+            case ops.SetItem(object=base, value=value) | ops.SetAttribute(object=base, value=value):
+                if not self._sites(self.memory.roots(base)) and not self.memory.origins.is_tensor(base):
+                    yield from dict.fromkeys(values_in(value))
+            case ops.SetGlobal(value=value):
+                yield from dict.fromkeys(values_in(value))
 
     def _outlives(self, container: Value, time: int) -> bool:
         """Whether a container is used after the site where it is made, or changed, or held by something else."""
