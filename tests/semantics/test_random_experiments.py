@@ -186,6 +186,7 @@ class Writer:
         self.floor = -1
         self.indent = 2
         self.site_groups: dict[int, Group] = {}
+        self.written: set[int] = set()
 
     def pick(self, choices: list[Any]) -> Any:
         return self.draw(st.sampled_from(choices))
@@ -266,6 +267,7 @@ class Writer:
             return
         target = self.pick(held)
         group = target.group
+        self.written |= {group.site} - {None}
         if group.site is None:
             # A new value is changed where all that looked at it has done so.
             group.level = max(group.level, group.seen, self.floor)
@@ -286,6 +288,7 @@ class Writer:
 
     def write_site(self) -> None:
         site = self.site(self.floor)
+        self.written.add(site)
         k = self.draw(st.integers(0, TOKENS - 1))
         flat = [each for each in self.variables if each.flat and max(each.level, each.group.level) <= site]
         kind = self.pick(["scalar", "whole", "item", "augmented", "flat"])
@@ -309,7 +312,7 @@ class Writer:
         """Puts a variable itself at a site: a new value is then the site's."""
         site = self.site(self.floor)
         held = [each for each in self.whole(site) if each.group.site is not None or not each.group.given]
-        if not held or self.floor >= 0:
+        if not held or self.floor >= 0 or site in self.written:
             return
         source = self.pick(held)
         self.look(source, site)
@@ -320,7 +323,9 @@ class Writer:
     def keep(self) -> None:
         if self.variables:
             variable = self.pick(self.variables)
-            self.look(variable, len(SITES))
+            self.look(variable, len(SITES) - 1)
+            # A tensor of the program's own in a list is the same tensor, as in Python: it is not changed afterwards.
+            variable.group.given = True
             self.line(f"kept.append({self.pick([variable.name, f'save({variable.name})', f'{variable.name} * 2'])})")
 
     def save(self) -> None:
@@ -337,12 +342,17 @@ class Writer:
             held = [each for each in self.whole() if each.group.site is not None and each.group.site >= self.floor]
             if held:
                 target = self.pick(held)
+                # A list of its own: an early write cannot wait for what was appended late (that conflict is an error).
+                seen = f"seen{self.name()}"
+                self.line(f"{seen} = list()")
                 self.line(f"for p in range({self.draw(st.integers(0, TOKENS))}):")
-                self.line(f"    kept.append({target.name}[:, p])")
+                self.line(f"    {seen}.append({target.name}[:, p])")
                 self.line(f"    {target.name}[:, p] {self.pick(['=', '+=', '*='])} p + {self.number()}")
-                self.look(target, len(SITES))
+                self.line(f"kept.append({seen})")
+                self.look(target, len(SITES) - 1)
         elif kind == "layers" and self.floor < 0:
             order = self.draw(st.permutations(range(LAYERS)))
+            self.written |= {n for n, (path, port) in enumerate(SITES) if port == "output" and path[-1] == "]"}
             self.line(f"for n in {tuple(order)}:")
             self.line(f"    model.layers[n].output[:, 0] += n + {self.number()}")
         else:
