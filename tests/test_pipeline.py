@@ -1,4 +1,5 @@
-"""The whole way from source to generated code: every program, after every pass, is well formed and reads back the same."""
+"""The whole way from source to generated code: every program, after every pass, is well formed and"
+" reads back the same."""
 
 from __future__ import annotations
 
