@@ -20,10 +20,11 @@ from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
 from nnsight_compiler.passes.facts import Guard
+from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
-from nnsight_compiler.passes.specialise import Specialised, Subject, specialise
+from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
 
@@ -42,8 +43,8 @@ PASSES = (
 def save(value: Any) -> Any:
     """Marks a value to be kept, inside a trace; the same as `value.save()`, for values that have no such method.
 
-    The compiler knows this function and replaces its calls. Called outside of a compiled program, there is nothing to keep
-    the value from, and it is returned as it is.
+    The compiler knows this function and replaces its calls. Called outside of a compiled program, there is nothing to
+    keep the value from, and it is returned as it is.
     """
     return value
 
@@ -153,8 +154,9 @@ _lock = threading.Lock()
 def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Order:
     """The order in which a model runs its modules: observed once for each kind of input.
 
-    Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one on
-    the model's own example, then the order in which its modules are registered; a run that goes otherwise is an error.
+    Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one
+    on the model's own example, then the order in which its modules are registered; a run that goes otherwise is an
+    error.
     """
     if inputs is None:
         known = _observations.get(model._root)

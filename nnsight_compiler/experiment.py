@@ -20,7 +20,6 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
 
-
 _texts = itertools.count()
 """Numbers the texts given to `from_source`."""
 
@@ -96,7 +95,8 @@ class Cache:
         return None
 
     def get(self, values: tuple[Any, ...], given: Mapping[str, Any]) -> Compiled:
-        """The compiled program for these values; compiled now where there is none. `given` are the bound ones, by name."""
+        """The compiled program for these values; compiled now where there is none. `given` are the bound"
+        " ones, by name."""
         found = self.find(values)
         if found is not None:
             return found

@@ -1,14 +1,12 @@
 """Calls, while a program is specialised: what is known, what is inlined, what stays a host op.
 
-Known calls get their name in the table (`target`). Helpers of the user's are inlined inside a forward, and wherever they
-are given a module; a helper whose source cannot be used stays one host op.
+Known calls get their name in the table (`target`). Helpers of the user's are inlined inside a forward, and wherever
+they are given a module; a helper whose source cannot be used stays one host op.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 from typing import Literal as OneOf
@@ -16,17 +14,12 @@ from typing import Literal as OneOf
 import torch
 
 from nnsight_compiler.ir import ops
-from nnsight_compiler.ir.errors import CompileError, ExperimentError
-from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.traverse import walk
-from nnsight_compiler.ir.values import NONE, Module, Operand, Value
-from nnsight_compiler.passes.behaviour import Behaviour, KnownCall
+from nnsight_compiler.ir.values import NONE, Module, Operand
+from nnsight_compiler.passes.behaviour import KnownCall
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
     Elements,
-    Frame,
     Function,
     Iteration,
     Known,
@@ -36,16 +29,13 @@ from nnsight_compiler.passes.facts import (
     Tracer,
     constant,
     immutable,
-    is_handle,
 )
+from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
 from nnsight_compiler.passes.known_calls import known_function, known_method
 
 if TYPE_CHECKING:
-    from nnsight_compiler.passes.evaluate import Evaluator
-    from nnsight_compiler.passes.specialise import Specialiser
+    pass
 
-MAX_DEPTH = 64
-MODULE_CALL = "torch.nn.Module.__call__"
 PLAIN_RESULTS = {
     "item", "tolist", "size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "get_device",
     "data_ptr", "is_floating_point",
@@ -62,17 +52,8 @@ Kind = OneOf["enumerate", "zip", "reversed", "same"]
 KINDS: dict[Any, Kind] = {enumerate: "enumerate", zip: "zip", reversed: "reversed"}
 
 
-class Unreachable(Exception):  # noqa: N818  # control flow, not an error
-    """An inlined helper raises on every path: control does not come back from the call."""
-
-
-class Calls:
+class Calls(Inlining):
     """Interprets the calls of one interpretation."""
-
-    def __init__(self, specialiser: Specialiser, evaluator: Evaluator) -> None:
-        self.specialiser = specialiser
-        self.evaluator = evaluator
-        self.generated: list[tuple[Value, Elements]] = []
 
     def call(self, op: ops.Call) -> Abstract:
         function = self.evaluator.resolved(self.specialiser.abstract(op.function))
@@ -90,11 +71,7 @@ class Calls:
                 return self._known(op, function, value, arguments)
         return self._kept(op, function, arguments, None)
 
-    # --- what is called ---
-
-    def _known(
-        self, op: ops.Call, function: Abstract, value: Any, arguments: list[tuple[ops.Argument, Abstract]]
-    ) -> Abstract:
+    def _known(self, op: ops.Call, function: Abstract, value: Any, arguments: Arguments) -> Abstract:
         assert isinstance(function.fact, Known)
         if value is self.specialiser.subject.save and len(arguments) == 1:
             self.specialiser.guards.rely_on_identity(function.fact)
@@ -115,9 +92,7 @@ class Calls:
             return self._helper(op, function, value, arguments)
         return self._kept(op, function, arguments, None)
 
-    def _transparent(
-        self, op: ops.Call, function: Abstract, value: Any, arguments: list[tuple[ops.Argument, Abstract]]
-    ) -> Abstract | None:
+    def _transparent(self, op: ops.Call, function: Abstract, value: Any, arguments: Arguments) -> Abstract | None:
         """Builtins that the compiler sees through: pure functions of known values, and what only iterates."""
         if any(argument.star for argument, _ in arguments):
             return None
@@ -134,7 +109,9 @@ class Calls:
         if value in (list, tuple) and len(plain) == 1:
             return self._sequence(op, function, value, plain[0], arguments)
         if value in (list, dict) and not arguments:
-            return self._kept(op, function, arguments, _target(value), known_function(value), Elements(value.__name__, []))
+            return self._kept(
+                op, function, arguments, _target(value), known_function(value), Elements(value.__name__, [])
+            )
         if value is tuple and not arguments:
             return constant(())
         if not _hashable(value) or value not in FOLDED or keywords:
@@ -159,9 +136,7 @@ class Calls:
             return self._deferred(op, function, arguments, known_function(value), fact)
         return self._kept(op, function, arguments, _target(value), known_function(value), fact)
 
-    def _length(
-        self, op: ops.Call, function: Abstract, value: Abstract, arguments: list[tuple[ops.Argument, Abstract]]
-    ) -> Abstract | None:
+    def _length(self, op: ops.Call, function: Abstract, value: Abstract, arguments: Arguments) -> Abstract | None:
         assert isinstance(function.fact, Known)
         self.specialiser.guards.rely_on_identity(function.fact)
         match value.fact:
@@ -189,7 +164,7 @@ class Calls:
         value: Any,
         plain: list[Abstract],
         keywords: dict[Any, Abstract],
-        arguments: list[tuple[ops.Argument, Abstract]],
+        arguments: Arguments,
     ) -> Abstract | None:
         name = getattr(value, "__name__", "")
         bases, start = tuple(plain), 0
@@ -202,14 +177,14 @@ class Calls:
                 start = self.specialiser.demand(first, op.span, "where this count starts")
         elif name == "trange" or not plain or (name == "tqdm" and len(plain) != 1):
             return None
-        kind: Kind = KINDS[value] if value in KINDS else "same"
+        kind: Kind = KINDS.get(value, "same")
         return self._deferred(op, function, arguments, known_function(value), Iteration(kind, bases, start))
 
     def _deferred(
         self,
         op: ops.Call,
         function: Abstract,
-        arguments: list[tuple[ops.Argument, Abstract]],
+        arguments: Arguments,
         known: KnownCall | None,
         fact: Any,
     ) -> Abstract:
@@ -231,7 +206,7 @@ class Calls:
         function: Abstract,
         value: Any,
         base: Abstract,
-        arguments: list[tuple[ops.Argument, Abstract]],
+        arguments: Arguments,
     ) -> Abstract | None:
         assert isinstance(function.fact, Known)
         self.specialiser.guards.rely_on_identity(function.fact)
@@ -248,15 +223,13 @@ class Calls:
                 fact = Iteration("same", (base,))
         return self._kept(op, function, arguments, _target(value), known_function(value), fact)
 
-    # --- methods ---
-
     def _method(
         self,
         op: ops.Call,
         function: Abstract,
         receiver: Abstract,
         name: str,
-        arguments: list[tuple[ops.Argument, Abstract]],
+        arguments: Arguments,
     ) -> Abstract:
         fail = self.specialiser.fail
         match receiver.fact:
@@ -297,9 +270,7 @@ class Calls:
             kept.live = 0
         return kept
 
-    def _of_module(
-        self, op: ops.Call, receiver: Abstract, name: str, arguments: list[tuple[ops.Argument, Abstract]]
-    ) -> Abstract:
+    def _of_module(self, op: ops.Call, receiver: Abstract, name: str, arguments: Arguments) -> Abstract:
         """A method of a module of the model, called as it is: a host op."""
         assert isinstance(receiver.fact, SiteModule)
         method = self.specialiser.builder.fresh(name)
@@ -313,7 +284,7 @@ class Calls:
         function: Abstract,
         container: Elements,
         name: str,
-        arguments: list[tuple[ops.Argument, Abstract]],
+        arguments: Arguments,
     ) -> Abstract:
         plain = [abstract for argument, abstract in arguments if not argument.star and argument.keyword is None]
         items = container.items
@@ -344,8 +315,6 @@ class Calls:
         kept.live = 0 if name in ("append", "extend", "insert") else kept.live
         return kept
 
-    # --- saving ---
-
     def save(self, op: ops.Save | ops.Call, value: Abstract) -> Abstract:
         span = self.specialiser.span(op)
         match value.fact:
@@ -362,271 +331,6 @@ class Calls:
         result = self.specialiser.builder.fresh(op.result.name)
         self.specialiser.emit(ops.Save(result, self.specialiser.use(value), span=span))
         return Abstract(result, None, value.loops, 0, span, value.at_run)
-
-    # --- keeping and inlining ---
-
-    def _kept(
-        self,
-        op: ops.Call,
-        function: Abstract,
-        arguments: list[tuple[ops.Argument, Abstract]],
-        target: str | None,
-        known: KnownCall | None = None,
-        fact: Any = None,
-    ) -> Abstract:
-        """The call as an op of the specialised program."""
-        harmless = known is not None and known.behaviour in (Behaviour.PURE, Behaviour.VIEW, Behaviour.CONTAINER)
-        for _, abstract in arguments:
-            if isinstance(abstract.fact, Elements) and not harmless:
-                abstract.fact.forget()
-            elif isinstance(abstract.fact, Iteration) and not harmless and abstract.operand is not None:
-                abstract.fact = None
-        use = self.specialiser.use
-        callee = use(function)
-        made = tuple(replace(argument, value=use(abstract)) for argument, abstract in arguments)
-        result = self.specialiser.builder.fresh(op.result.name)
-        span = self.specialiser.span(op)
-        self.specialiser.emit(ops.Call(result, callee, made, target, span=span))
-        sources = [abstract for _, abstract in arguments]
-        if isinstance(function.fact, Method):
-            sources.append(function.fact.receiver)
-        loops = NO_LOOPS.union(*(source.loops for source in sources)) if sources else NO_LOOPS
-        live = max((source.live for source in sources), default=0)
-        at_run = target in (None, MODULE_CALL) or any(source.at_run for source in sources)
-        if target is None:
-            live = min(live, 1)
-        elif target == MODULE_CALL and self.specialiser.forward is not None:
-            live = 2
-        return Abstract(result, fact, loops, live, span, at_run)
-
-    def _mentions(self, arguments: list[tuple[ops.Argument, Abstract]]) -> bool:
-        """Whether a model or a module of one is among the arguments."""
-        return any(
-            self.evaluator.mentions_modules(abstract) or isinstance(abstract.fact, Function)
-            for _, abstract in arguments
-        )
-
-    def _inlinable(self, value: FunctionType | MethodType, arguments: list[tuple[ops.Argument, Abstract]]) -> bool:
-        function = value.__func__ if isinstance(value, MethodType) else value
-        if not isinstance(function, FunctionType):
-            return False
-        top = (function.__module__ or "").partition(".")[0]
-        if (top in sys.stdlib_module_names and top != "__main__") or top in (
-            "torch",
-            "transformers",
-            "nnsight_compiler",
-        ):
-            return False
-        if any(folder in function.__code__.co_filename for folder in ("site-packages", "dist-packages")):
-            return False
-        bound = isinstance(value, MethodType) and is_handle(value.__self__)
-        return self.specialiser.forward is not None or bound or self._mentions(arguments)
-
-    def _helper(
-        self,
-        op: ops.Call,
-        function: Abstract,
-        value: FunctionType | MethodType,
-        arguments: list[tuple[ops.Argument, Abstract]],
-    ) -> Abstract:
-        """A helper of the user's, inlined; a host op where that cannot be and the model is not among its arguments."""
-        must = self._mentions(arguments)
-        plain = value.__func__ if isinstance(value, MethodType) else value
-        assert isinstance(plain, FunctionType)
-        try:
-            program = self.specialiser.subject.lower(plain)
-        except ExperimentError:
-            if must:
-                raise
-            return self._kept(op, function, arguments, None)
-        cells = dict(zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=False))
-        same_file = program.span.file == self.specialiser.program.span.file
-        override = None if same_file else self.specialiser.span(op)
-        frame = Frame(plain.__globals__, cells, plain.__name__, own=False, override=override)
-        given = list(arguments)
-        if isinstance(value, MethodType):
-            given.insert(0, (ops.Argument(NONE), self._receiver(function, value)))
-        defaults = [constant_object(default) for default in plain.__defaults__ or ()]
-        keyword_defaults = {name: constant_object(held) for name, held in (plain.__kwdefaults__ or {}).items()}
-        if isinstance(function.fact, Known):
-            self.specialiser.guards.rely_on_identity(function.fact)
-        try:
-            bound = self._bind(program.parameters, defaults, keyword_defaults, given, op.span)
-            return self._inline(
-                program.body, dict(zip((p.value for p in program.parameters), bound, strict=True)), frame
-            )
-        except CompileError:
-            if must or _accesses(program):
-                raise
-            return self._kept(op, function, arguments, None)
-
-    def _receiver(self, function: Abstract, value: MethodType) -> Abstract:
-        if isinstance(function.fact, Method):
-            return function.fact.receiver
-        assert isinstance(function.fact, Known)
-        text = None if function.fact.text is None else f"{function.fact.text}.__self__"
-        return Abstract(None, Known(value.__self__, text))
-
-    def _closure(
-        self, op: ops.Call, function: Abstract, fact: Function, arguments: list[tuple[ops.Argument, Abstract]]
-    ) -> Abstract:
-        touches = function.operand is None
-        unusable = self._mentions(arguments) or any(abstract.operand is None for _, abstract in arguments)
-        if fact.closure.generator:
-            if not touches and not unusable:
-                return self._kept(op, function, arguments, None)
-            return self._generated(op, fact, arguments)
-        if not touches and not unusable and self.specialiser.forward is None:
-            return self._kept(op, function, arguments, None)
-        parameters = fact.closure.parameters
-        optional = [parameter for parameter in parameters if parameter.optional]
-        values = dict(zip((p.value for p in optional), fact.closure.defaults, strict=True))
-        held = {key: fact.scope[value] if isinstance(value, Value) else self.specialiser.abstract(value)
-                for key, value in values.items()}  # fmt: skip
-        positional = [held[p.value] for p in optional if p.kind != "keyword_only"]
-        keyword = {p.value.name: held[p.value] for p in optional if p.kind == "keyword_only"}
-        try:
-            bound = self._bind(parameters, positional, keyword, arguments, op.span)
-            scope = {**fact.scope, **dict(zip((p.value for p in parameters), bound, strict=True))}
-            return self._inline(fact.closure.body, scope, fact.frame)
-        except CompileError:
-            if touches or unusable:
-                raise
-            return self._kept(op, function, arguments, None)
-
-    def _generated(self, op: ops.Call, fact: Function, arguments: list[tuple[ops.Argument, Abstract]]) -> Abstract:
-        """A generator expression over the model: evaluated at once, into a list."""
-        acts = self.specialiser.builder.fresh(fact.closure.name.strip("<>") or "items")
-        span = self.specialiser.span(op)
-        self.specialiser.emit(ops.Build(acts, "list", (), span=span))
-        elements = Elements("list", [])
-        self.generated.append((acts, elements))
-        bound = [abstract for _, abstract in arguments]
-        scope = {**fact.scope, **dict(zip((p.value for p in fact.closure.parameters), bound, strict=True))}
-        try:
-            self._inline(fact.closure.body, scope, fact.frame)
-        finally:
-            self.generated.pop()
-        live = max((item.live for item in elements.items or ()), default=1)
-        return Abstract(acts, elements, span=span, live=live)
-
-    def emit_generated(self, op: ops.Emit) -> None:
-        """One value of a generator expression; it goes into the list that stands for it."""
-        if not self.generated or self.specialiser.closures:
-            self.specialiser.keep(op)
-            return
-        acts, elements = self.generated[-1]
-        value = self.specialiser.abstract(op.value)
-        if elements.items is not None:
-            elements.items.append(value)
-        if self.specialiser.rolled:
-            elements.forget()
-        if value.operand is None:
-            return
-        span = self.specialiser.span(op)
-        append, nothing = self.specialiser.builder.fresh("append"), self.specialiser.builder.fresh()
-        self.specialiser.emit(ops.Attribute(append, acts, "append", span=span))
-        known = known_method("append")
-        target = None if known is None else known.target
-        self.specialiser.emit(ops.Call(nothing, append, (ops.Argument(value.operand),), target, span=span))
-
-    def _inline(self, body: ops.Region, scope: dict[Value, Abstract], frame: Frame) -> Abstract:
-        """Interprets the body of a function in place; the value that it returns."""
-        specialiser = self.specialiser
-        if len(specialiser.inlined) >= MAX_DEPTH:
-            specialiser.fail(
-                specialiser.program.span,
-                f"`{frame.name}` calls itself more than {MAX_DEPTH} times",
-                "recursion over the model must end at a depth that is known before the run",
-            )
-        outer = (specialiser.scope, specialiser.frame, specialiser.rolled)
-        specialiser.scope, specialiser.frame = scope, frame
-        specialiser.inlined.append(frame.name)
-        try:
-            with specialiser.builder.region() as made:
-                completion = specialiser.region(body)
-            for op in made:
-                specialiser.emit(op)
-        finally:
-            specialiser.scope, specialiser.frame, specialiser.rolled = outer
-            specialiser.inlined.pop()
-        if completion.kind == "never":
-            raise Unreachable
-        return completion.values[0] if completion.kind == "return" else Abstract(NONE, Known(None))
-
-    def _bind(
-        self,
-        parameters: tuple[ops.Parameter, ...],
-        defaults: list[Abstract],
-        keyword_defaults: dict[str, Abstract],
-        arguments: list[tuple[ops.Argument, Abstract]],
-        span: Span,
-    ) -> list[Abstract]:
-        """The value of each parameter, as Python binds them."""
-        plain: list[Abstract] = []
-        named: dict[str, Abstract] = {}
-        for argument, abstract in arguments:
-            if argument.star == "*":
-                plain.extend(self.evaluator.iterate(abstract, span))
-            elif argument.star == "**":
-                if not isinstance(abstract.fact, Elements) or abstract.fact.items is None:
-                    self.specialiser.fail(span, "`**` of a mapping that only a run can give cannot be inlined")
-                for key, item in zip(abstract.fact.keys, abstract.fact.items, strict=True):
-                    named[self.specialiser.demand(key, span, "this keyword")] = item
-            elif argument.keyword is not None:
-                named[argument.keyword] = abstract
-            else:
-                plain.append(abstract)
-        positional = [p for p in parameters if p.kind in ("positional_only", "positional_or_keyword")]
-        filled: dict[Value, Abstract] = dict(zip((p.value for p in positional), plain, strict=False))
-        rest = plain[len(positional) :]
-        missing: list[str] = []
-        offset = len(positional) - len(defaults)
-        for index, parameter in enumerate(positional):
-            name = parameter.value.name
-            if parameter.value not in filled:
-                if name in named and parameter.kind == "positional_or_keyword":
-                    filled[parameter.value] = named.pop(name)
-                elif index >= offset:
-                    filled[parameter.value] = defaults[index - offset]
-                else:
-                    missing.append(name)
-        for parameter in parameters:
-            name = parameter.value.name
-            if parameter.kind == "keyword_only":
-                if name in named:
-                    filled[parameter.value] = named.pop(name)
-                elif name in keyword_defaults:
-                    filled[parameter.value] = keyword_defaults[name]
-                else:
-                    missing.append(name)
-            elif parameter.kind == "var_positional":
-                filled[parameter.value], rest = self.specialiser.pack(rest), []
-            elif parameter.kind == "var_keyword":
-                keys = [constant(name) for name in named]
-                elements = Elements("dict", list(named.values()), keys)
-                filled[parameter.value], named = self._mapping(elements, span), {}
-        if missing:
-            self.specialiser.fail(span, f"missing arguments: {', '.join(missing)}")
-        if rest or named:
-            self.specialiser.fail(
-                span, f"too many arguments: {len(rest)} without a name, {', '.join(named) or 'none'} named"
-            )
-        return [filled[parameter.value] for parameter in parameters]
-
-    def _mapping(self, elements: Elements, span: Span) -> Abstract:
-        items = elements.items or []
-        if any(item.operand is None for item in items):
-            return Abstract(None, elements, span=span)
-        result = self.specialiser.builder.fresh("kwargs")
-        parts = tuple(
-            ops.Element(self.specialiser.use(item), self.specialiser.use(key))
-            for key, item in zip(elements.keys, items, strict=True)
-        )
-        self.specialiser.emit(ops.Build(result, "dict", parts, span=span))
-        return Abstract(result, elements, span=span)
-
-    # --- forwards ---
 
     def refuse_steps(self, op: ops.For, iterable: Abstract) -> None:
         match iterable.fact:
@@ -657,11 +361,6 @@ class Calls:
         return tuple(plain), named
 
 
-def constant_object(value: Any) -> Abstract:
-    """A default of a helper: fixed when the function was made."""
-    return constant(value) if immutable(value) else Abstract(None, Known(value))
-
-
 def _concrete(value: Abstract) -> Any:
     match value.fact:
         case Known(value=held):
@@ -672,10 +371,6 @@ def _concrete(value: Abstract) -> Any:
             made = [_concrete(item) for item in items]
             return tuple(made) if kind == "tuple" else made
     raise LookupError
-
-
-def _accesses(program: Program) -> bool:
-    return any(isinstance(op, (ops.Forward, ops.Read, ops.Write)) for op in walk(program.body))
 
 
 def _hashable(value: object) -> bool:

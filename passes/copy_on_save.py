@@ -5,9 +5,9 @@
     return %s                                         return %s
 
 A save copies, so that nothing that happens later changes what was saved (DESIGN.md D3). The copy is left out only where
-nothing can: the value is made by the program itself, so that the model never holds it, and is all of its storage, so that
-it keeps nothing larger alive; no op of the program writes to it; and no container, closure, cell or host call got hold of
-it. In doubt it stays.
+nothing can: the value is made by the program itself, so that the model never holds it, and is all of its storage, so
+that it keeps nothing larger alive; no op of the program writes to it; and no container, closure, cell or host call got
+hold of it. In doubt it stays.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def copy_on_save(program: Program) -> Program:
             and not memory.live(save.value)
             and not memory.live(save.result)
             and not memory.escaped(save.value)
-            and not memory.overlap(roots, written)
+            and not memory.overlap(roots | memory.roots(save.result), written)
         )
 
     def change(op: Op) -> Op:

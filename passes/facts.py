@@ -1,8 +1,8 @@
 """What the compiler knows of a value while it specialises a program, and the guards that make the knowledge safe.
 
-Every value of the source program stands for an `Abstract`: how the specialised program refers to it, and a fact about it.
-A fact that rests on an argument or a global is only *relied on* through `Guards`, so that what is never needed is never
-guarded on: a new prompt does not recompile, a new layer number does.
+Every value of the source program stands for an `Abstract`: how the specialised program refers to it, and a fact about
+it. A fact that rests on an argument or a global is only *relied on* through `Guards`, so that what is never needed is
+never guarded on: a new prompt does not recompile, a new layer number does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import CellType, FunctionType, ModuleType, NoneType
+from types import CellType, ModuleType, NoneType
 from typing import Any, Protocol, TypeGuard
 from typing import Literal as OneOf
 
@@ -62,7 +62,8 @@ def immutable(value: object) -> bool:
 @dataclass(frozen=True, slots=True)
 class Known:
     """The value itself. `text` is the Python expression over the arguments and globals that gives it at each call;
-    `None` for a constant. `anchor` is the part of it whose identity stands for the whole (`torch` of `torch.softmax`)."""
+    `None` for a constant. `anchor` is the part of it whose identity stands for the whole (`torch` of
+    `torch.softmax`)."""
 
     value: Any
     text: str | None = None
@@ -157,7 +158,8 @@ Fact = Known | SiteModule | SiteCalls | Tracer | Elements | Method | Function | 
 class Abstract:
     """A value of the source program.
 
-    operand: what stands for it in the specialised program; `None` where nothing can (a function that touches the model),
+    operand: what stands for it in the specialised program; `None` where nothing can (a function that touches the
+    model),
         or where `make` emits it at each use, since a use may never come (`range(3)` of a loop that is unrolled).
     loops: the rolled loops that it changes with.
     live: 2 where it is a value of the model that was not saved, 1 where only the run can tell, 0 where it is not.

@@ -12,9 +12,9 @@
 
 Legal, since ops keep every order that matters: what an op uses comes before it; accesses to the same storage of the
 program's, and effects, keep their order in the source; accesses to one site keep it within that site, and sites are
-ordered by the model (DESIGN.md D1, D2). A value of the model that is used after its site is copied there, at the place in
-the source order where it is used, so that it is what it was: the model, or a later write, may change the original. What
-needs no site runs before the forward. A write that needs a value of a later site is refused with the cycle.
+ordered by the model (DESIGN.md D1, D2). A value of the model that is used after its site is copied there, at the place
+in the source order where it is used, so that it is what it was: the model, or a later write, may change the original.
+What needs no site runs before the forward. A write that needs a value of a later site is refused with the cycle.
 
 Conditions and `with` contexts whose bodies touch several sites are split, one piece a site.
 """
@@ -460,7 +460,8 @@ class _Schedule:
                     entry.op.span,
                     f"this changes {here}, but needs {there}, which the same forward computes only later:"
                     f" {' needs '.join(chain)}, and the model needs line {entry.op.span.line} before that",
-                    "take the value from a forward of its own: run the model once for the value, and again with the change",
+                    "take the value from a forward of its own: run the model once for the value, and again with the"
+                    " change",
                     ((source.op.span, f"{there} is read here"),),
                 )
             ]

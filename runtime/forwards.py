@@ -73,8 +73,8 @@ class Forward:
     brings: the names in the state of what comes from outside of the forward; gradients are recorded where one of these
         requires them.
 
-    The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second run
-    of the last site would otherwise go unnoticed.
+    The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
+    run of the last site would otherwise go unnoticed.
     """
 
     __slots__ = ("_whole", "brings", "sites", "span", "stops")

@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, FunctionType
-from typing import Any, cast, final
+from typing import Any, final
 
 from nnsight_compiler.ir.ops import AnyOp, Argument, At, Op, Parameter, Read, Region, Save, SetItem, Write
 from nnsight_compiler.ir.ops import Forward as ForwardOp

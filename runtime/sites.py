@@ -1,7 +1,7 @@
 """What generated site functions call: reading, writing and keeping the values at a site.
 
-A site function takes the value at its site and returns what the model goes on with. At an output that is what the module
-returned; at an input it is the pair of positional arguments and keyword arguments.
+A site function takes the value at its site and returns what the model goes on with. At an output that is what the
+module returned; at an input it is the pair of positional arguments and keyword arguments.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def replaced(old: Any, new: Any, where: str) -> Any:
         RunError: the new value does not fit what the model goes on with; `where` names the line.
     """
     if not isinstance(old, torch.Tensor):
-        if isinstance(new, torch.Tensor) or isinstance(new, (int, float, complex)):
+        if isinstance(new, (torch.Tensor, int, float, complex)):
             items = _names(old)
             raise RunError(
                 f"{where}: the module gives {_described(old)}, which one value cannot replace\n"
@@ -91,8 +91,8 @@ def replaced_all(value: Arguments, new: Any, where: str) -> Arguments:
 def set_item(value: Any, held: Any, index: Any, new: Any) -> tuple[Any, Any]:
     """`held[index] = new` for what was read from a site: the site's value and the value read, after it.
 
-    A tensor is written in place. A tuple, a mapping or a dataclass cannot be, or would be shared with the model: a new one
-    takes its place, at the site too where it is still what the site holds.
+    A tensor is written in place. A tuple, a mapping or a dataclass cannot be, or would be shared with the model: a new
+    one takes its place, at the site too where it is still what the site holds.
     """
     if isinstance(held, torch.Tensor):
         put(held, index, new)

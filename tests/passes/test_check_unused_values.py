@@ -18,15 +18,18 @@ def model() -> NNsight:
 
 
 def test_a_name_bound_anew_is_not_a_write(model: NNsight) -> None:
-    with (
-        pytest.warns(UnusedValueWarning, match=r"`acts` is made from a value of the model") as found,
-        model.trace(torch.ones(1, 4)),
-    ):
-        acts = model[0].output
-        acts = acts * 0
-        output = model.output.save()
-    assert found[0].filename == __file__
-    assert found[0].lineno == 26
+    x = torch.ones(1, 4)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with model.trace(x):
+            acts = model[0].output
+            acts = acts * 0
+            output = model.output.save()
+    (warning,) = found
+    assert warning.category is UnusedValueWarning
+    assert "`acts` is made from a value of the model" in str(warning.message)
+    assert warning.filename == __file__
+    assert warning.lineno == 26
     assert torch.equal(output, model(torch.ones(1, 4)))
 
 

@@ -524,7 +524,8 @@ def test_a_weight_is_not_written_by_accident(model, plain_gpt2, clean) -> None:
 
 
 def test_the_input_of_the_trace_is_not_changed(stack, plain_stack, batch, hooked) -> None:
-    """What the user hands to the model is the model's own value at its first site: an in-place write there is theirs."""
+    """What the user hands to the model is the model's own value at its first site: an in-place write"
+    " there is theirs."""
 
     @intervene
     def experiment(model, x):

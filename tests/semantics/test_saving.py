@@ -90,6 +90,23 @@ def test_a_saved_slice_of_what_the_program_made_itself(model, clean) -> None:
     assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
+def test_a_save_is_written_and_not_what_was_saved(model, clean) -> None:
+    @intervene
+    def experiment(model, prompt):
+        with model.trace(prompt):
+            made = torch.zeros(1, 6, 32)
+            kept = made.save()
+            marked = save(made)
+            marked[:, 1] += 0.5
+            model.layers[1].output = marked
+            return made, kept, marked, model.lm_head.output
+
+    made, kept, marked, _ = experiment(model, clean)
+    assert torch.equal(made, torch.zeros(1, 6, 32))
+    assert torch.equal(kept, made)
+    assert (marked[:, 1] == 0.5).all()
+
+
 def test_saves_in_a_loop_of_writes(model, clean, hidden) -> None:
     @intervene
     def experiment(model, prompt):
@@ -119,7 +136,7 @@ def test_what_is_put_into_a_container_is_the_value_then(model, clean, hidden) ->
             inside.append(h)
         return listed, mapped, inside
 
-    listed, mapped, inside = experiment(model, clean)
+    listed, mapped, _ = experiment(model, clean)
     ones = torch.ones_like(hidden[1])
     same(listed, (hidden[1], ones))
     same((mapped["before"], mapped["after"]), (hidden[1], ones))
@@ -282,7 +299,8 @@ def test_while_loops(model, plain_gpt2, clean, grab, hidden) -> None:
     while value.norm() > 1:
         value /= 2
         count += 1
-    same(found, (hidden[0], grab(plain_gpt2, clean, "transformer.h.2", "output", ("transformer.h.1", "output", lambda x: value))))
+    halved = ("transformer.h.1", "output", lambda x: value)
+    same(found, (hidden[0], grab(plain_gpt2, clean, "transformer.h.2", "output", halved)))
     assert rounds == count
     assert_close(h, value)
 

@@ -1,0 +1,323 @@
+"""One interpretation of a program, while it is specialised: its values, its scope, and what it may rely on.
+
+What control flow does to it is in `control_flow`, expressions are in `evaluate`, calls in `apply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import CellType, FunctionType
+from typing import Any, NoReturn
+from typing import Literal as OneOf
+
+from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.builder import Builder
+from nnsight_compiler.ir.errors import CompileError, Diagnostic
+from nnsight_compiler.ir.ops import Op, Region
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.span import Span
+from nnsight_compiler.ir.traverse import regions, rewrite, used, walk
+from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
+from nnsight_compiler.passes.evaluate import Evaluator
+from nnsight_compiler.passes.facts import (
+    NO_LOOPS,
+    Abstract,
+    Elements,
+    Frame,
+    Guards,
+    Known,
+    SiteCalls,
+    SiteModule,
+)
+from nnsight_compiler.passes.inline import Unreachable
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a program is specialised to: one call.
+
+    arguments: the value of each parameter, by name; a parameter that is not bound is missing.
+    lower: gives the IR of a helper function.
+    save: the function that users import as `save`.
+    """
+
+    arguments: Mapping[str, Any]
+    globals: Mapping[str, Any]
+    closure: Mapping[str, CellType]
+    lower: Callable[[FunctionType], Program]
+    save: Callable[..., Any]
+
+
+@dataclass(slots=True)
+class Decisions:
+    """Which loops are unrolled and which conditions folded, by the identity of their op in the source program. A
+    condition on known values is folded in either set."""
+
+    unroll: set[int] = field(default_factory=set)
+    fold: set[int] = field(default_factory=set)
+
+
+class Undecided(Exception):  # noqa: N818  # control flow, not an error
+    """The interpretation needs more loops unrolled or conditions folded."""
+
+    def __init__(self, unroll: frozenset[int] = NO_LOOPS, fold: frozenset[int] = NO_LOOPS) -> None:
+        self.unroll, self.fold = unroll, fold
+
+
+class AccessInClosure(Exception):  # noqa: N818  # control flow, not an error
+    """A closure that touches the model cannot stay a function; it is inlined where it is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """How a region ended. `never`: control does not come out of it, and the terminator has been emitted."""
+
+    kind: OneOf["end", "yield", "break", "continue", "return", "never"]
+    values: tuple[Abstract, ...] = ()
+    span: Span | None = None
+
+
+END = Completion("end")
+
+
+@dataclass(slots=True)
+class Forwarding:
+    """The forward whose body is being interpreted."""
+
+    result: Value
+    module: SiteModule
+    span: Span
+
+
+class Interpretation:
+    """What one interpretation knows, and how it emits the specialised program."""
+
+    def __init__(self, program: Program, subject: Subject, decisions: Decisions) -> None:
+        self.program = program
+        self.subject = subject
+        self.decisions = decisions
+        self.builder = Builder()
+        self.guards = Guards()
+        self.scope: dict[Value, Abstract] = {}
+        self.frame = Frame(subject.globals, subject.closure, program.name, own=True)
+        self.forward: Forwarding | None = None
+        self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]] | None] = {}
+        self.models: dict[str, Any] = {}
+        self.conditions: list[tuple[int, Abstract]] = []
+        self.rolled: list[int] = []
+        self.inlined: list[str] = []
+        self.closures = 0
+        self.evaluate = Evaluator(self)
+
+    def op(self, op: Op) -> Completion | None:
+        """Interprets one op; a completion where control leaves the region."""
+        raise NotImplementedError
+
+    # --- operands ---
+
+    def abstract(self, operand: Operand) -> Abstract:
+        """What an operand of the source program stands for."""
+        match operand:
+            case Value():
+                return self.scope[operand]
+            case Literal(value=value):
+                return Abstract(operand, Known(value))
+            case Unbound():
+                return Abstract(operand)
+            case Tuple(parts=parts):
+                return self.pack([self.abstract(part) for part in parts])
+            case Slice(lower=lower, upper=upper, step=step):
+                return self.evaluate.make_slice(*map(self.abstract, (lower, upper, step)))
+            case Module(model=model, path=path):
+                return self.evaluate.module(self.scope[model], path)
+
+    def pack(self, parts: list[Abstract]) -> Abstract:
+        """A tuple of these values."""
+        held = [part.operand for part in parts]
+        operand = None if None in held else Tuple(tuple(part for part in held if part is not None))
+        loops = NO_LOOPS.union(*(part.loops for part in parts))
+        live = max((part.live for part in parts), default=0)
+        span = next((part.span for part in parts if part.live == live), self.program.span)
+        return Abstract(operand, Elements("tuple", parts), loops, live, span, any(part.at_run for part in parts))
+
+    def use(self, value: Abstract) -> Operand:
+        """The operand by which the specialised program refers to a value."""
+        if value.operand is None:
+            if value.make is not None:
+                return value.make()
+            if isinstance(value.fact, Elements) and value.fact.kind == "tuple" and value.fact.items is not None:
+                return Tuple(tuple(map(self.use, value.fact.items)))
+            self.fail(value.span, "this touches the model and cannot be handed on as a value", "call it by name here")
+        return value.operand
+
+    def used(self, operand: Operand) -> Operand:
+        return self.use(self.abstract(operand))
+
+    def emit(self, op: Op) -> None:
+        self.builder.emit(op)
+
+    def span(self, op: Op) -> Span:
+        """Where an op stands for the user: at the call, for a helper from another file."""
+        return self.frame.override or op.span
+
+    def keep(self, op: Op, fact: Any = None, live: int | None = None) -> Abstract | None:
+        """Emits an op of the source program as it stands, with the operands that its values now stand for.
+
+        Its results carry the loops that its operands change with, and whether they are values of the model.
+        """
+        sources = [self.scope[value] for value in used(op)]
+        loops = NO_LOOPS.union(*(source.loops for source in sources)) if sources else NO_LOOPS
+        if live is None:
+            live = max((source.live for source in sources), default=0)
+        at_run = any(source.at_run for source in sources)
+        span = self.span(op)
+        made: list[Abstract] = []
+
+        def result(value: Value) -> Value:
+            new = self.builder.fresh(value.name)
+            made.append(Abstract(new, fact, loops, live, span, at_run))
+            self.scope[value] = made[-1]
+            return new
+
+        new = rewrite(op, operand=lambda value: self.use(self.scope[value]))
+        self.emit(replace(rewrite(new, result=result), span=span))
+        return made[0] if made else None
+
+    # --- needing to know ---
+
+    def demand(self, value: Abstract, span: Span, what: str) -> Any:
+        """The value itself, guarded on. `what` says what it is needed for, in an error."""
+        match value.fact:
+            case Known(value=known, text=text):
+                if text is not None:
+                    self.guards.add(text, "value", known)
+                return known
+            case Elements(kind="tuple", items=list() as items):
+                return tuple(self.demand(item, span, what) for item in items)
+        return self.unknown(value, span, what)
+
+    def unknown(self, value: Abstract, span: Span, what: str) -> NoReturn:
+        loops = value.loops
+        if isinstance(value.fact, Elements):
+            loops |= value.fact.loops
+        if loops - self.decisions.unroll and not value.at_run:
+            raise Undecided(unroll=loops)
+        if self.closures:
+            raise AccessInClosure
+        related = ((value.span, "it is made here"),) if value.span.line else ()
+        self.fail(
+            span,
+            f"{what} must be known before the model runs, but only a run can give it",
+            "pass it to the function as an argument, or compute it in a call of its own",
+            related,
+        )
+
+    def fail(self, span: Span, reason: str, way_out: str = "", related: tuple[tuple[Span, str], ...] = ()) -> NoReturn:
+        raise CompileError([Diagnostic(self.frame.override or span, reason, way_out, related)])
+
+    def access(self, span: Span) -> Forwarding:
+        """Called before each access to a site: conditions around it are folded where they can be."""
+        if self.closures:
+            raise AccessInClosure
+        if self.forward is None:
+            self.fail(
+                span,
+                "a module's values exist only while the model runs",
+                "read and write them inside `with model.trace(…)`",
+            )
+        self.fold_conditions()
+        return self.forward
+
+    def fold_conditions(self) -> None:
+        """Has the conditions around this place folded where they can be."""
+        for identity, condition in self.conditions:
+            if isinstance(condition.fact, Known):
+                raise Undecided(fold=frozenset({identity}))
+            if condition.loops and not condition.at_run:
+                raise Undecided(unroll=condition.loops)
+
+    def site(self, value: Abstract, span: Span) -> tuple[Module, int | None]:
+        """The module that an access names, as an operand, and its call index."""
+        forward = self.access(span)
+        match value.fact:
+            case SiteModule() as module:
+                call = None
+            case SiteCalls(module=module, call=int() as call):
+                pass
+            case _:
+                raise AssertionError("not a site")
+        if module.handle._root is not forward.module.handle._root:
+            self.fail(
+                span,
+                "this module belongs to another model than the one that this `with` runs",
+                "trace that model in a `with` of its own, and use its values here",
+                ((forward.span, "the forward"),),
+            )
+        return Module(forward.module.model, module.handle._path), call
+
+    # --- regions and cells ---
+
+    def region(self, region: Region) -> Completion:
+        """Interprets the ops of a region in place."""
+        for op in region.ops:
+            try:
+                completion = self.op(op)
+            except Unreachable:
+                return Completion("never")
+            if completion is not None:
+                return completion
+        return END
+
+    @contextmanager
+    def kept(self, owner: Op, loop: bool = False) -> Iterator[list[Op]]:
+        """Opens a region of the specialised program. Containers that code in it may change are no longer followed."""
+        loops = frozenset({id(owner)}) if loop else NO_LOOPS
+        for op in (inner for part in regions(owner) for inner in walk(part)):
+            for value in used(op):
+                held = self.scope.get(value)
+                if held is not None and isinstance(held.fact, Elements):
+                    held.fact.forget(loops)
+        if loop:
+            self.rolled.append(id(owner))
+        with self.builder.region() as made:
+            yield made
+        if loop:
+            self.rolled.pop()
+
+    def bind(self, values: tuple[Value, ...], held: tuple[Abstract, ...]) -> None:
+        self.scope.update(zip(values, held, strict=True))
+
+    def cell(self, op: ops.Cell | ops.Load | ops.Store) -> None:
+        """Variables in boxes. What a box holds is followed only where a module is put into it and never replaced."""
+        match op:
+            case ops.Cell():
+                initial = self.abstract(op.initial)
+                box = Elements("list", [initial])
+                self.keep_with_unknown(op, initial)
+                self.scope[op.result].fact = box
+            case ops.Store():
+                held = self.abstract(op.cell)
+                value = self.abstract(op.value)
+                self.keep_with_unknown(op, value)
+                if isinstance(held.fact, Elements) and held.fact.items is not None:
+                    held.fact.items = [value]
+            case ops.Load():
+                held = self.abstract(op.cell)
+                if isinstance(held.fact, Elements) and held.fact.items is not None:
+                    (value,) = held.fact.items
+                    if not isinstance(value.operand, Unbound):
+                        self.scope[op.result] = value
+                        return
+                kept = self.keep(op)
+                assert kept is not None
+                if isinstance(held.fact, Elements):
+                    kept.loops |= held.fact.loops
+
+    def keep_with_unknown(self, op: ops.Cell | ops.Store, value: Abstract) -> None:
+        """Keeps an op that stores a value; a module or a function that touches the model leaves the box empty."""
+        if value.operand is not None or isinstance(value.fact, Elements):
+            self.keep(op)
+        elif isinstance(op, ops.Cell):
+            self.keep(replace(op, initial=Unbound()))
