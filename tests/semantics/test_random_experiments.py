@@ -1,10 +1,10 @@
 """Random experiments against an oracle in which Python itself runs the source.
 
-The oracle runs the text of the experiment with a stand-in for the model, whose sites are plain tensors: an access gives
-the site's tensor, so that aliasing is torch's own. What a site holds before the experiment touches it comes from a run of
-the plain module under hooks, in which every earlier site holds what the experiment left there. That is not yet known when
-a site is read before an earlier one is written, so the text is run again with what the last round left, until nothing
-changes: after as many rounds as there are sites, all of them are right.
+The oracle runs the text of the experiment with a stand-in for the model, whose sites are plain tensors: an access
+gives the site's tensor, so that aliasing is torch's own. What a site holds before the experiment touches it comes from
+a run of the plain module under hooks, in which every earlier site holds what the experiment left there. That is not yet
+known when a site is read before an earlier one is written, so the text is run again with what the last round left,
+until nothing changes: after as many rounds as there are sites, all of them are right.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ class Writer:
             self.line(f"    model.layers[n].output[:, 0] += n + {self.number()}")
         else:
             self.line("for layer in model.layers:")
-            self.line(f"    kept.append(layer{self.pick(['.output', '.act.output', '.linear.output', '.input'])}[:, -1])")
+            self.line(f"    kept.append(layer.{self.pick(['output', 'act.output', 'linear.output', 'input'])}[:, -1])")
 
     def condition(self) -> None:
         held = self.whole()
