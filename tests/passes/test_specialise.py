@@ -103,9 +103,7 @@ def becomes(body: str, expected: str, *guards: str, inside: bool = True, **argum
         ("%2 = read %model@h.0 output", "h.0 output", (), {}),
     ],
 )  # fmt: skip
-def test_accesses_become_reads(
-    body: str, expected: str, guards: tuple[str, ...], arguments: dict[str, Any]
-) -> None:
+def test_accesses_become_reads(body: str, expected: str, guards: tuple[str, ...], arguments: dict[str, Any]) -> None:
     becomes(f"{body}\nreturn %2", f"%0 = read %model@{expected}\nreturn %0", *guards, **arguments)
 
 
@@ -638,9 +636,7 @@ def test_an_error_shows_the_user_s_line() -> None:
     text = "def f(model, x):\n    with model.trace(x):\n        return model.layer.output\n"
     linecache.cache["shown.py"] = len(text), None, text.splitlines(keepends=True), "shown.py"
     with pytest.raises(CompileError) as caught:
-        specialise(
-            lower_source(text, "shown.py"), Subject({"model": MODEL, "x": X}, {}, {}, lower_function, save)
-        )
+        specialise(lower_source(text, "shown.py"), Subject({"model": MODEL, "x": X}, {}, {}, lower_function, save))
     span = caught.value.diagnostics[0].span
     assert (span.file, span.line, span.column) == ("shown.py", 3, 15)
     assert "        return model.layer.output\n                   ^^^^^^^^^^^" in str(caught.value)
