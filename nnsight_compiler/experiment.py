@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, final
 
 from nnsight_compiler.compilation import PASSES, Compiled, compile_program, lower_program
 from nnsight_compiler.frontend import lower_function, lower_source
+from nnsight_compiler.ir.errors import CompileError
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
@@ -105,7 +106,10 @@ class Cache:
             if found is not None:
                 return found
             self.misses += 1
-            made = compile_program(self.program, given, self.globals, self.closure)
+            try:
+                made = compile_program(self.program, given, self.globals, self.closure)
+            except CompileError as error:
+                raise error.with_traceback(None) from None  # it says where; the compiler's own frames say nothing more
             texts = tuple(guard.key_text for guard in made.guards)
             table = self._tables.get(texts)
             if table is None or any(made.objects.get(name) is not held for name, held in table.kept):
