@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import runpy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,19 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight_compiler import CompileError, Experiment, IRError, LanguageModel, NNsight, compilation, intervene
-from nnsight_compiler.compilation import PASSES, compile_program, lower_program
-from nnsight_compiler.frontend import lower_file
+from nnsight_compiler import (
+    CompileError,
+    Experiment,
+    IRError,
+    LanguageModel,
+    NNsight,
+    UnusedValueWarning,
+    compilation,
+    intervene,
+    save,
+)
+from nnsight_compiler.compilation import PASSES, compile_program, lower_program, observed
+from nnsight_compiler.frontend import lower_file, lower_function
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.parser import parse_program
 from nnsight_compiler.ir.printer import print_program
@@ -27,7 +37,14 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.serial import from_json, to_json
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.ir.verifier import verify
+from nnsight_compiler.passes.check_unused_values import check_unused_values
+from nnsight_compiler.passes.copy_on_save import copy_on_save
+from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
+from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
 from nnsight_compiler.passes.manager import DEBUG_VARIABLE, PassResult
+from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.sites import Order, check_sites
+from nnsight_compiler.passes.specialise import Subject, specialise
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [*sorted((ROOT / "examples").glob("*.py")), ROOT / "nnsight_compiler" / "demo" / "experiments.py"]
@@ -186,11 +203,49 @@ def test_the_programs_of_the_page_are_well_formed(text: str) -> None:
     assert squeeze.sub("", print_program(program)) == squeeze.sub("", text)
 
 
+def section(name: str) -> str:
+    return PAGE.split(f"## `{name}`\n")[1].split("\n## ")[0]
+
+
 def test_the_page_has_a_section_for_each_pass_in_order() -> None:
-    sections = re.findall(r"^## `(\w+)`$", PAGE, re.MULTILINE)
-    assert tuple(sections) == PASSES
-    for name in sections:
-        section = PAGE.split(f"## `{name}`\n")[1].split("\n## ")[0]
-        assert section.count("```ir\n") in (1, 2), name
-        (path,) = set(re.findall(r"\bpasses/\w+\.py", section.splitlines()[1]))
-        assert (ROOT / path).is_file()
+    assert tuple(re.findall(r"^## `(\w+)`$", PAGE, re.MULTILINE)) == PASSES
+    assert " → ".join(PASSES) in PAGE
+    for name in PASSES:
+        path = re.search(r"^In `(passes/\w+\.py)`", section(name), re.MULTILINE)
+        assert path is not None, name
+        assert f"\ndef {name}(" in (ROOT / path[1]).read_text(encoding="utf-8")
+
+
+def order(_: ops.Forward) -> Order:
+    return observed(tiny(), ((CLEAN,), {}))
+
+
+RUNS: Mapping[str, Callable[[Program], Program]] = {
+    "specialise": lambda program: (
+        specialise(program, Subject({**ARGUMENTS, "model": tiny(), "scale": 2.0}, {}, {}, lower_function, save)).program
+    ),
+    "check_sites": lambda program: check_sites(program, order),
+    "check_unused_values": check_unused_values,
+    "eliminate_dead_saves": eliminate_dead_saves,
+    "eliminate_common_subexpressions": eliminate_common_subexpressions,
+    "place": lambda program: place(program, order),
+    "copy_on_save": copy_on_save,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if not name.startswith("check")])
+def test_the_page_shows_what_the_pass_makes(name: str) -> None:
+    before, after = map(parse_program, re.findall(r"```ir\n(.*?)```", section(name), re.DOTALL))
+    assert print_program(RUNS[name](before)) == print_program(after)
+
+
+def test_the_page_shows_what_is_refused_and_what_is_warned_of() -> None:
+    (text,) = re.findall(r"```ir\n(.*?)```", section("check_sites"), re.DOTALL)
+    with pytest.raises(CompileError) as caught:
+        RUNS["check_sites"](parse_program(text))
+    (diagnostic,) = caught.value.diagnostics
+    assert f"is refused: `{diagnostic.span}: {diagnostic.reason}`." in section("check_sites")
+    (text,) = re.findall(r"```ir\n(.*?)```", section("check_unused_values"), re.DOTALL)
+    program = parse_program(text)
+    with pytest.warns(UnusedValueWarning, match="`acts` is made from a value of the model"):
+        assert RUNS["check_unused_values"](program) is program
