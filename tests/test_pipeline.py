@@ -20,6 +20,7 @@ from torch import nn
 from nnsight_compiler import (
     CompileError,
     Experiment,
+    ExperimentError,
     IRError,
     LanguageModel,
     NNsight,
@@ -249,3 +250,28 @@ def test_the_page_shows_what_is_refused_and_what_is_warned_of() -> None:
     program = parse_program(text)
     with pytest.warns(UnusedValueWarning, match="`acts` is made from a value of the model"):
         assert RUNS["check_unused_values"](program) is program
+
+
+# --- the page on what programs mean ---
+
+MEANING = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
+(PRELUDE,) = re.findall(r"^```python prelude\n(.*?)^```$", MEANING, re.DOTALL | re.MULTILINE)
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", MEANING, re.DOTALL | re.MULTILINE)
+
+
+def test_the_page_is_read_whole() -> None:
+    assert len(EXAMPLES) == MEANING.count("```python\n") >= 14
+    assert sum(bool(error) for _, error in EXAMPLES) == MEANING.count("\n```\n\n```\n") >= 7
+
+
+@pytest.mark.parametrize(("code", "error"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_examples_of_the_page_do_what_it_says(code: str, error: str, tmp_path: Path) -> None:
+    path = tmp_path / "example.py"
+    path.write_text(PRELUDE + code, encoding="utf-8")
+    if not error:
+        runpy.run_path(str(path))
+        return
+    with pytest.raises(ExperimentError) as caught:
+        runpy.run_path(str(path))
+    assert error in str(caught.value)
+    assert f"{path}:" in str(caught.value)
