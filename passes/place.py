@@ -411,6 +411,11 @@ class _Schedule:
         self.writers[site.path, site.port, site.call].append(entry)
         return site
 
+    def _changes(self, op: Op) -> frozenset[Root]:
+        """The storages that an op, or anything in its regions, changes by name."""
+        inner = (op, *(each for part in regions(op) for each in walk(part)))
+        return frozenset[Root]().union(*(self._targets(each) for each in inner if in_place(each, self.memory)))
+
     def _changed(self, op: Op) -> set[Place]:
         """The sites whose values an op changes by name. What other sites may share with them does not count: between
         sites the order of the forward rules."""
@@ -477,6 +482,8 @@ class _Schedule:
                 maker = self.makers[value.name]
                 if maker is entry or (maker.time == entry.time and not self._stores(entry, value)):
                     continue
+                if not entry.merge and self._changes(entry.op) & self._own(value):
+                    continue  # what the program made is changed itself; copies are made after that
                 entry.changes[value.name] = self._copied(value, entry.order[0])
         for entry in self.entries:
             if isinstance(entry.op, (ops.For, ops.While)):
@@ -575,8 +582,7 @@ class _Schedule:
                     made.append(ops.Save(copies[value.name], value, span=op.span))
             new = rewrite(op, region=self._kept_in)
             if copies:
-                change: Callable[[Value], Operand] = lambda value, copies=copies: copies.get(value.name, value)  # type: ignore[misc]  # noqa: E731
-                new = rewrite(new, operand=change)
+                new = rewrite(new, operand=_taking(copies))
             made.append(new)
         return Region(region.parameters, tuple(made))
 
@@ -600,6 +606,10 @@ class _Schedule:
         users = [each for each in self.entries if any(value == container for value in self._uses(each))]
         return any(each.time != time for each in users)
 
+    def _own(self, value: Value) -> frozenset[Root]:
+        """The storages of the program's own that a value may be."""
+        return frozenset(root for root in self.memory.roots(value) if isinstance(root, Fresh))
+
     def _copied(self, value: Value, before: int) -> Value:
         """A copy of a live value, made at its site, as it is before the op numbered `before`."""
         maker = self.makers[value.name]
@@ -610,13 +620,20 @@ class _Schedule:
             for writer in self.writers[place.path, place.port, place.call]
             if maker.order[0] < writer.order[0] < before and not isinstance(writer.op, ops.Write)
         ]
+        own = self._own(value)
+        writes += [
+            each
+            for each in self.entries
+            if maker.order[0] < each.order[0] < before and not each.merge and self._changes(each.op) & own
+        ]
         after = max([maker, *writes], key=lambda each: each.order)
+        time = max(each.time for each in (maker, *writes)) if own else maker.time
         key = (value.name, after.order[0])
         if key not in self.copies:
             kept = self.placement.builder.fresh(value.name)
             self.copies[key] = kept
             save = ops.Save(kept, value, span=maker.op.span)
-            entry = _Entry(save, (after.order[0], 1 + len(self.copies)), maker.frames, time=maker.time)
+            entry = _Entry(save, (after.order[0], 1 + len(self.copies)), maker.frames, time=time)
             entry.needs.append(maker)
             self.entries.append(entry)
             self.makers[kept.name] = entry
@@ -756,6 +773,10 @@ def used_operand(operand: Operand, changes: dict[str, Value], renamed: dict[Valu
     return map_operand(
         operand, lambda value: renamed.get(changes.get(value.name, value), changes.get(value.name, value))
     )
+
+
+def _taking(copies: dict[str, Value]) -> Callable[[Value], Operand]:
+    return lambda value: copies.get(value.name, value)
 
 
 def _with_new_names(region: Region, renamed: dict[Value, Value]) -> Region:

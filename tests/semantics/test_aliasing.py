@@ -261,6 +261,27 @@ def test_a_name_before_and_after_a_write_is_one_value(model, plain_gpt2, clean, 
     assert_close(fifth, changed)
 
 
+def test_a_sum_of_two_sites_is_the_program_s_own(model, clean, grab, plain_gpt2) -> None:
+    """`+` may also join lists, which would still hold the model's values."""
+
+    @intervene
+    def experiment(model, prompt):
+        with model.trace(prompt):
+            h = model.layers[1].output
+            twice = h + h
+            twice[:, 0] = 5
+            mixed = h + model.layers[2].output
+            mixed[:, 1] = model.layers[3].output[:, 1]
+        return twice, mixed
+
+    h, two, three = (grab(plain_gpt2, clean, f"transformer.h.{index}") for index in (1, 2, 3))
+    twice, mixed = h + h, h + two
+    twice[:, 0] = 5
+    mixed[:, 1] = three[:, 1]
+    for value, wanted in zip(experiment(model, clean), (twice, mixed), strict=True):
+        assert_close(value, wanted)
+
+
 def test_a_replaced_value_and_the_value_read_before(model, plain_gpt2, clean, grab) -> None:
     @intervene
     def experiment(model, prompt):
