@@ -454,6 +454,37 @@ def test_a_condition_on_a_live_value_stays_with_its_accesses() -> None:
     becomes(body, body)
 
 
+def test_a_condition_on_an_argument_is_folded_where_it_leaves_the_body_or_an_unrolled_loop() -> None:
+    leaving = """
+        %o = read %model@'' output
+        if %flag
+        then
+          return %o
+        else
+          yield
+        %p = %o - 1
+        return %p
+        """
+    text = str(run(experiment(leaving, ("flag",)), flag=True).program)
+    assert "if" not in text
+    assert "given flag=True" in text
+    breaking = """
+        %h = attr %model.h
+        for %m in %h
+          set_attr %m.output = 0
+          if %flag
+          then
+            break
+          else
+            yield
+        %o = read %model@'' output
+        return %o
+        """
+    becomes(
+        breaking, "write %model@h.0 output = 0\n%o = read %model@'' output\nreturn %o", LENGTH, "flag=True", flag=True
+    )
+
+
 # --- functions ---
 
 
