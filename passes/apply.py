@@ -239,8 +239,6 @@ class Calls(Inlining):
                     f"`.{name}(…)` without `with` runs nothing",
                     f"write `with {handle._path or 'model'}.{name}(…):`",
                 )
-            case SiteModule() if name == "skip":
-                fail(op.span, "`.skip(…)` is not run by this version yet", "assign the module's `.output` instead")
             case SiteModule():
                 return self._of_module(op, receiver, name, arguments)
             case Tracer() if name == "barrier":
@@ -340,6 +338,13 @@ class Calls(Inlining):
                     "steps of a generation are part of the language, but this version does not run them yet",
                     "run one `with model.trace(…)` for each token",
                 )
+
+    def known_names(self, value: Abstract) -> list[str]:
+        """The keys of a mapping, as far as they are known."""
+        try:
+            return list(_concrete(value))
+        except LookupError:
+            return []
 
     def known_arguments(self, arguments: tuple[ops.Argument, ...]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The inputs of a forward as they are in this call, to observe the model on; `None` where a run gives them."""

@@ -10,8 +10,9 @@ from dataclasses import replace
 from types import NoneType
 
 from nnsight_compiler.ir import ops
-from nnsight_compiler.ir.errors import CompileError
+from nnsight_compiler.ir.errors import CompileError, ModelError
 from nnsight_compiler.ir.ops import Op, Region
+from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import walk
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes.facts import (
@@ -19,6 +20,7 @@ from nnsight_compiler.passes.facts import (
     Elements,
     Function,
     Known,
+    SiteModule,
     Tracer,
 )
 from nnsight_compiler.passes.interpretation import (
@@ -295,6 +297,7 @@ class ControlFlow(Interpretation):
                 ((self.forward.span, "the forward around it"),),
             )
         module = self.evaluate.model(self.abstract(op.model), span, op.method)
+        self.check_arguments(module, op, span)
         if self.closures:
             raise AccessInClosure
         result = self.builder.fresh(op.result.name)
@@ -310,6 +313,17 @@ class ControlFlow(Interpretation):
         self.forward, self.conditions = None, outer
         self.emit(ops.Forward(result, module.model, op.method, arguments, Region((), tuple(made)), span=span))
         return None if completion.kind in ("end", "yield") else completion
+
+    def check_arguments(self, module: SiteModule, op: ops.Forward, span: Span) -> None:
+        """Refuses what the model would refuse of an undecorated trace: arguments that a forward would ignore."""
+        names = {argument.keyword for argument in op.arguments if argument.keyword is not None}
+        for argument in op.arguments:
+            if argument.star == "**":
+                names.update(self.evaluate.calls.known_names(self.abstract(argument.value)))
+        try:
+            module.handle._check_arguments(op.method, names)
+        except ModelError as error:
+            self.fail(span, str(error))
 
     def rely_on_options(self, arguments: tuple[ops.Argument, ...]) -> None:
         """Guards on the switches and counts among a forward's keyword arguments: they may decide which modules run."""

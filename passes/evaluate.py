@@ -174,6 +174,12 @@ class Evaluator(Items):
             return self._read(op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
+        if name in ("skip", "source"):
+            self.specialiser.fail(
+                op.span,
+                f"`.{name}` of a module is not run by this version yet",
+                "assign the module's `.output`" if name == "skip" else "read the outputs of its submodules",
+            )
         raw = getattr(handle._module, name, None)
         span = self.specialiser.span(op)
         if isinstance(raw, torch.Tensor):

@@ -14,6 +14,7 @@ from nnsight_compiler.passes.facts import (
     Elements,
     Iteration,
     Known,
+    Method,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -99,6 +100,12 @@ class Items:
         match base.fact:
             case SiteModule(handle=handle):
                 return self._submodule(op, base.fact, handle, index)
+            case Method(receiver=Abstract(fact=Tracer())):
+                self.specialiser.fail(
+                    op.span,
+                    "steps of a generation are part of the language, but this version does not run them yet",
+                    "run one `with model.trace(…)` for each token",
+                )
             case SiteCalls(module=module, call=None):
                 number = self.specialiser.demand(index, op.span, "the number of the call")
                 if not isinstance(number, int):

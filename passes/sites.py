@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal as OneOf
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, used, walk
 from nnsight_compiler.ir.values import Module
-from nnsight_compiler.passes.memory import Memory, Site
+from nnsight_compiler.passes.behaviour import Behaviour
+from nnsight_compiler.passes.memory import Memory, Root, Site, Weight
 
 EventPort = OneOf["output", "input"]
 
@@ -103,14 +104,15 @@ def forwards(region: Region) -> Iterator[ops.Forward]:
 
 
 def check_sites(program: Program, orders: Orders) -> Program:
-    """Refuses accesses to modules that do not run, and writes that nothing can notice. Changes nothing else than that
-    the calls of a module which runs once lose their index.
+    """Refuses accesses to modules that do not run, writes that nothing can notice, and writes to weights. The program
+    itself is returned.
 
     A write is noticed by a read of a site after it, by a later read of its own site, or by a use of the value that was
     written in place.
     """
     wrong: list[Diagnostic] = []
     memory = Memory(program)
+    wrong.extend(_written_weights(program, memory))
     for forward in forwards(program.body):
         order = orders(forward)
         body = list(walk(forward.body))
@@ -127,6 +129,20 @@ def check_sites(program: Program, orders: Orders) -> Program:
     if wrong:
         raise CompileError(wrong)
     return program
+
+
+def _written_weights(program: Program, memory: Memory) -> Iterator[Diagnostic]:
+    """Writes to weights of the model: they would outlive the run."""
+    for op in program.walk():
+        if not in_place(op, memory):
+            continue
+        paths = sorted(root.path for root in targets(op, memory) if isinstance(root, Weight))
+        if paths:
+            yield Diagnostic(
+                op.span,
+                f"this writes to `{paths[0]}`, a weight of the model, and an experiment leaves the model as it was",
+                "work on a copy (`weight.clone()`), or change the torch module itself, outside of the experiment",
+            )
 
 
 def _unnoticed(
@@ -182,7 +198,17 @@ def in_place(op: Op, memory: Memory) -> bool:
     return False
 
 
-__all__ = [
-    "EventPort", "Order", "Orders", "Place", "check_sites", "event_port", "forwards", "in_place", "locate", "place_of",
-    "replace",
-]  # fmt: skip
+def targets(op: Op, memory: Memory) -> frozenset[Root]:
+    """The storages that an op changes by name."""
+    match op:
+        case ops.SetItem(object=base) | ops.SetAttribute(object=base) | ops.Delete(object=base):
+            return memory.roots(base)
+        case ops.Operator(operands=parts):
+            return memory.roots(parts[0])
+        case ops.Call():
+            known = memory.origins.known(op)
+            assert known is not None
+            changed = memory.origins.at(op, known.mutates)
+            of = memory.roots if known.behaviour is Behaviour.CONTAINER else memory.named
+            return frozenset[Root]().union(*(of(argument.value) for argument in changed))
+    return memory.writes(op)

@@ -203,7 +203,7 @@ class Specialiser(ControlFlow):
                 self.fail(
                     op.span,
                     f"`{type(op).__name__.lower()}` is part of the language, but this version does not run it yet",
-                    "write one `with model.trace(…)` for each prompt",
+                    "`docs/semantics.md` lists what to use instead",
                 )
             case _:
                 for name in used(op):

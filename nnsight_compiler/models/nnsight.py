@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -26,6 +27,9 @@ GENERATION_ARGUMENTS = frozenset(
     }
 )  # fmt: skip
 """Arguments of `generate` which a single forward would ignore or choke on."""
+
+REMOTE_ARGUMENTS = frozenset({"remote", "blocking", "backend", "serve"})
+"""Arguments that send a trace elsewhere in other libraries."""
 
 
 class TraceArgumentError(ModelError, TypeError):
@@ -58,17 +62,35 @@ class NNsight(ModuleView):
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """One forward of the model: `with model.trace(inputs):` and a body that reads and writes its internals."""
-        wrong = sorted(GENERATION_ARGUMENTS & kwargs.keys() - self._forward_parameters().keys())
-        if wrong:
-            raise TraceArgumentError(
-                f"`trace` runs one forward and takes no {', '.join(wrong)}: these are arguments of `generate`"
-            )
+        self._check_arguments("trace", kwargs.keys())
         from nnsight_compiler.block import Trace  # it is built on this module
 
         return Trace(self, "trace", args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: this version runs experiments on single forwards."""
+        self._check_arguments("generate", kwargs.keys())
+        raise AssertionError("`generate` is refused")
+
+    def _check_arguments(self, method: str, names: Collection[str]) -> None:
+        """Refuses what would otherwise be ignored.
+
+        Raises:
+            ModelError: a method, or an argument of `trace`, that this version does not run.
+        """
+        if method == "generate":
+            self._refuse_generation()
+        wrong = sorted(GENERATION_ARGUMENTS & set(names) - self._forward_parameters().keys())
+        if wrong:
+            raise TraceArgumentError(
+                f"`trace` runs one forward and takes no {', '.join(wrong)}: these are arguments of `generate`"
+            )
+        elsewhere = sorted(REMOTE_ARGUMENTS & set(names))
+        if elsewhere:
+            raise TraceArgumentError(f"`trace` takes no {', '.join(elsewhere)}: experiments run in this process only")
+
+    @staticmethod
+    def _refuse_generation() -> NoReturn:
         raise ModelError(
             "experiments on generation are not in this version: use `with model.trace(…)` for one forward, in a loop of"
             " your own where several tokens are needed; to generate without interventions, call `generate` of the"

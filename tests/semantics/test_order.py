@@ -358,9 +358,9 @@ def test_the_subject_s_embedding_moves_the_fact(tiny) -> None:
     @intervene
     def patch(model, clean, corrupt):
         with model.trace(clean):
-            source = model.embed.output[:, 2:-5]
+            source = model.embed.output[:, 1]
         with model.trace(corrupt):
-            model.embed.output[:, 2:-5] = source
+            model.embed.output[:, 1] = source
             patched = model.lm_head.output[0, -1]
         with model.trace(corrupt):
             plain = model.lm_head.output[0, -1]
@@ -373,9 +373,8 @@ def test_the_subject_s_embedding_moves_the_fact(tiny) -> None:
     differing = [index for index, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
     plain, patched = patch(tiny, clean, corrupt)
     assert tokenizer.decode(plain) == " Brussels"
-    assert min(differing) >= 1
-    if min(differing) >= 2 and max(differing) < len(first) - 5:
-        assert tokenizer.decode(patched) == " Rome"
+    assert differing == [1]
+    assert tokenizer.decode(patched) == " Rome"
 
 
 def test_a_module_that_runs_twice_needs_a_call_index(stack, plain_stack, batch, hooked) -> None:

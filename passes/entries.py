@@ -1,0 +1,294 @@
+"""The ops of a forward, as entries that are to be placed, and what must come before what.
+
+Conditions and contexts are flattened: each op inside carries its frames. Reads are taken out of loops that do not write
+their site.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.errors import CompileError, Diagnostic
+from nnsight_compiler.ir.ops import Op, Region
+from nnsight_compiler.ir.span import Span
+from nnsight_compiler.ir.traverse import defined, definitions, operands, regions, rewrite, used, walk
+from nnsight_compiler.ir.values import Module, Operand, Value, values_in
+from nnsight_compiler.passes.behaviour import Behaviour
+from nnsight_compiler.passes.memory import Fresh, Name, Root, Site
+from nnsight_compiler.passes.sites import (
+    Order,
+    Place,
+    event_port,
+    in_place,
+    locate,
+    place_of,
+    targets,
+)
+
+if TYPE_CHECKING:
+    from nnsight_compiler.passes.place import Placement
+
+BEFORE = -1
+"""The time of what needs no site."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """A condition or a context around an op: which op it is, and for a condition in which branch."""
+
+    op: ops.If | ops.With
+    branch: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An op of a forward, to be placed. `merge`: it stands for the results of a condition."""
+
+    op: Op
+    order: tuple[int, int]
+    frames: tuple[Frame, ...] = ()
+    merge: bool = False
+    needs: list[Entry] = field(default_factory=list)
+    pin: Place | None = None
+    time: int = BEFORE
+    changes: dict[str, Value] = field(default_factory=dict)
+    """Values that it takes a copy of instead."""
+    follows: Entry | None = None
+    """The call whose method it looks up: it runs where that runs."""
+
+
+class Body:
+    """The entries of one forward, with what each needs."""
+
+    def __init__(self, placement: Placement, forward: ops.Forward) -> None:
+        self.placement = placement
+        self.memory = placement.memory
+        self.forward = forward
+        self.order: Order = placement.orders(forward)
+        self.entries: list[Entry] = []
+        self.makers: dict[str, Entry] = {}
+        self.copies: dict[tuple[str, int], Value] = {}
+        self.writers: dict[tuple[str, str, int | None], list[Entry]] = defaultdict(list)
+        self.places: dict[int, Place] = {}
+        self.detached: set[str] = set()
+        self.entered: dict[Root, set[int]] = {}
+        self.originals: dict[int, Op] = {}
+        """For a loop that lost its reads, the op that the memory analysis knows."""
+
+    def _flatten(self, region: tuple[Op, ...], frames: tuple[Frame, ...]) -> None:
+        for op in region:
+            match op:
+                case ops.If():
+                    for branch, part in enumerate((op.then, op.orelse)):
+                        self._flatten(part.ops, (*frames, Frame(op, branch)))
+                    if op.results:
+                        self._add(op, frames, merge=True)
+                case ops.With():
+                    self._flatten(op.body.ops, (*frames, Frame(op)))
+                    self.makers.setdefault(op.result.name, self.entries[-1]) if self.entries else None
+                case ops.Yield():
+                    pass
+                case ops.For() | ops.While():
+                    self._add(self._hoisted(op, frames), frames)
+                case _:
+                    self._add(op, frames)
+
+    def _add(self, op: Op, frames: tuple[Frame, ...], merge: bool = False) -> Entry:
+        entry = Entry(op, (len(self.entries), 0), frames, merge)
+        self.entries.append(entry)
+        for value in defined(op):
+            self.makers[value.name] = entry
+        if not merge:
+            for part in regions(op):
+                for value in definitions(part):
+                    self.makers[value.name] = entry
+        return entry
+
+    def _hoisted(self, op: ops.For | ops.While, frames: tuple[Frame, ...]) -> ops.For | ops.While:
+        """The loop without its reads of sites that it does not write: those are made once, before it."""
+        sites = self._changed(op)
+        if len(sites) > 1:
+            first, second = sorted(sites, key=lambda site: site.time)[:2]
+            raise CompileError(
+                [
+                    Diagnostic(
+                        op.span,
+                        f"each round of this loop writes to several sites (`{first.path}`, `{second.path}`)",
+                        "write a loop for each site, or loop over numbers that are known before the run",
+                    )
+                ]
+            )
+        moved: list[ops.Read] = []
+
+        def without(region: Region) -> Region:
+            kept = []
+            for inner in region.ops:
+                if isinstance(inner, ops.Read) and place_of(inner, self.order) not in sites:
+                    moved.append(inner)
+                else:
+                    kept.append(rewrite(inner, region=without))
+            return Region(region.parameters, tuple(kept))
+
+        hoisted = rewrite(op, region=without)
+        for read in moved:
+            self._add(read, frames)
+        if hoisted is not op:
+            self.originals[id(hoisted)] = op
+        return hoisted
+
+    def _depend(self) -> None:
+        self.entered = self._entered()
+        last: dict[object, Entry] = {}
+        since: dict[object, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            for value in self._uses(entry):
+                maker = self.makers.get(value.name)
+                if maker is None or maker is entry:
+                    continue
+                if self._looks_up(maker, entry, value):
+                    maker.follows = entry
+                    entry.needs.extend(maker.needs)
+                else:
+                    entry.needs.append(maker)
+            for frame in entry.frames:
+                operand = frame.op.condition if isinstance(frame.op, ops.If) else frame.op.context
+                for value in values_in(operand):
+                    if value.name in self.makers:
+                        entry.needs.append(self.makers[value.name])
+            if entry.merge:
+                continue
+            reads, writes = self._touched(entry.op)
+            through_sites = self._through_sites(entry.op) if self.entered else set()
+            for key in writes:
+                entry.needs.extend(since.pop(key, []))
+                if key in last:
+                    entry.needs.append(last[key])
+                last[key] = entry
+            for key in reads - writes:
+                if key in last:
+                    entry.needs.append(last[key])
+                if key not in through_sites:  # such a value is copied where the op runs elsewhere than at its site
+                    since[key].append(entry)
+
+    def _looks_up(self, maker: Entry, entry: Entry, value: Value) -> bool:
+        """Whether an entry only looks up the method that a call calls, for that call alone."""
+        return (
+            isinstance(maker.op, ops.Attribute)
+            and isinstance(entry.op, ops.Call)
+            and entry.op.function == value
+            and entry.frames == maker.frames
+            and self.placement.uses[value.name] == 1
+        )
+
+    def _uses(self, entry: Entry) -> Iterator[Value]:
+        op = entry.op
+        if entry.merge:
+            assert isinstance(op, ops.If)
+            yield from values_in(op.condition)
+            for part in (op.then, op.orelse):
+                if part.ops and isinstance(part.ops[-1], ops.Yield):
+                    yield from used(part.ops[-1])
+            return
+        yield from used(op)
+        for part in regions(op):
+            inside = {value.name for value in definitions(part)} | {value.name for value in part.parameters}
+            for inner in walk(part):
+                yield from (value for value in used(inner) if value.name not in inside)
+
+    def _touched(self, op: Op) -> tuple[set[object], set[object]]:
+        """What an op reads and writes besides sites: storages of the program's, and the world outside."""
+        op = self.originals.get(id(op), op)
+        elsewhere = self._elsewhere(op)
+        reads = {_key(root) for root in self.memory.reads(op) - elsewhere if not isinstance(root, Site)}
+        writes = {_key(root) for root in self.memory.writes(op) - elsewhere if not isinstance(root, Site)}
+        for inner in (op, *(each for part in regions(op) for each in walk(part))):
+            match inner:
+                case ops.Call():
+                    known = self.memory.origins.known(inner)
+                    if (known is None and not isinstance(inner.function, Module)) or (
+                        known is not None and known.behaviour is Behaviour.HARMLESS
+                    ):
+                        writes.add("effects")
+                    elif known is not None and known.random:
+                        writes.add("random")
+                case ops.Raise() | ops.Import() | ops.SetGlobal() | ops.Unpack() | ops.Bound():
+                    writes.add("effects") if not isinstance(inner, (ops.Unpack, ops.Bound)) else reads.add("effects")
+        return reads, writes
+
+    def _elsewhere(self, op: Op) -> frozenset[Root]:
+        """Storages that the model is given at other sites than those of an op. A site may hold one of them where the
+        model hands it on, but between sites the order of the forward rules."""
+        if not self.entered:
+            return frozenset()
+        if any(map(self.memory.calls_closures, (op, *(each for part in regions(op) for each in walk(part))))):
+            return frozenset()
+        named = self._named(op)
+        here = {BEFORE, *(self._place(root, op.span).time for root in self._sites(named))}
+        return frozenset(root for root, times in self.entered.items() if root not in named and not times & here)
+
+    def _through_sites(self, op: Op) -> set[object]:
+        """The storages that an op may touch as what a site holds, but does not name."""
+        return {_key(root) for root in self.entered.keys() - self._named(self.originals.get(id(op), op))}
+
+    def _named(self, op: Op) -> frozenset[Root]:
+        inner = (op, *(each for part in regions(op) for each in walk(part)))
+        return frozenset[Root]().union(*(self.memory.named(each) for part in inner for each in operands(part)))
+
+    def _entered(self) -> dict[Root, set[int]]:
+        """The storages that the model is given in this forward, and when."""
+        entered: dict[Root, set[int]] = defaultdict(set)
+        given: list[tuple[Operand, int]] = [(each.value, BEFORE) for each in self.forward.arguments]
+        for op in walk(self.forward.body):
+            if isinstance(op, (ops.Write, ops.Skip)):
+                given.append((op.value, place_of(op, self.order).time))
+            elif isinstance(op, (ops.SetItem, ops.SetAttribute)):
+                sites = self._sites(self.memory.named(op.object))
+                given.extend((op.value, self._place(site, op.span).time) for site in sites)
+            elif isinstance(op, ops.Call) and in_place(op, self.memory) and self._sites(targets(op, self.memory)):
+                given.extend((argument.value, BEFORE) for argument in op.arguments)
+        for operand, time in given:
+            for root in self.memory.named(operand):
+                if not isinstance(root, Site):
+                    entered[root].add(time)
+        return entered
+
+    def _changes(self, op: Op) -> frozenset[Root]:
+        """The storages that an op, or anything in its regions, changes by name."""
+        inner = (op, *(each for part in regions(op) for each in walk(part)))
+        return frozenset[Root]().union(*(targets(each, self.memory) for each in inner if in_place(each, self.memory)))
+
+    def _changed(self, op: Op) -> set[Place]:
+        """The sites whose values an op changes by name. What other sites may share with them does not count: between
+        sites the order of the forward rules."""
+        inner = [op, *(each for part in regions(op) for each in walk(part))]
+        changing = [each for each in inner if isinstance(each, (ops.Write, ops.Skip)) or in_place(each, self.memory)]
+        if not changing:
+            return set()
+        if any(self.memory.calls_closures(each) for each in inner):
+            roots = self.memory.writes(op)
+        else:
+            roots = frozenset[Root]().union(*(targets(each, self.memory) for each in changing))
+        return {self._place(root, op.span) for root in self._sites(roots)}
+
+    def _sites(self, roots: frozenset[Root]) -> list[Site]:
+        return [root for root in roots if isinstance(root, Site) and root.forward == self.forward.result.name]
+
+    def _place(self, root: Site, span: Span) -> Place:
+        found = locate(root.module, event_port(root.port), root.call, span, self.order)
+        self.places[found.time] = found
+        return found
+
+
+def _key(root: Root) -> object:
+    """Roots that may be the same storage have the same key."""
+    match root:
+        case Fresh():
+            return root
+        case Name():
+            return "names"
+        case _:
+            return "outside"

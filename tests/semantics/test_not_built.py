@@ -1,0 +1,59 @@
+"""What this version does not run is refused by name and line, decorated or not; nothing is ignored."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from nnsight_compiler import CompileError, ExperimentError, LanguageModel, NNsight, intervene
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LanguageModel:
+    return LanguageModel("tiny")
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ('model.generate(x, max_new_tokens=3)', "experiments on generation are not in this version"),
+        ('model.trace(x, max_new_tokens=3)', "these are arguments of `generate`"),
+        ('model.trace(x, remote=True)', "`trace` takes no remote: experiments run in this process only"),
+        ('model.trace(x, **{"blocking": False})', "`trace` takes no blocking: experiments run in this process only"),
+    ],
+)  # fmt: skip
+def test_arguments_that_a_forward_would_ignore(tiny: LanguageModel, header: str, reason: str) -> None:
+    body = f"    with {header}:\n        out = model.output.save()\n"
+    experiment = intervene.from_source(f"def use(model, x):\n{body}    return out\n")
+    with pytest.raises(CompileError, match=re.escape(reason)) as found:
+        experiment(tiny, "The Eiffel Tower")
+    assert found.value.diagnostics[0].span.line == 2
+
+
+def test_the_same_undecorated(tiny: LanguageModel) -> None:
+    with pytest.raises(ExperimentError, match="`trace` takes no remote"), tiny.trace("a", remote=True):
+        tiny.output.save()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("model[0].skip(x)", "`.skip` of a module is not run by this version yet"),
+        ("model[0].source.linear_0.output", "`.source` of a module is not run by this version yet"),
+        ("tracer.stop()", "`.stop()` is not run by this version yet"),
+        ("for step in tracer.iter[:2]: pass", "steps of a generation are part of the language"),
+        ("for step in tracer.iter: pass", "steps of a generation are part of the language"),
+        ("with tracer.invoke(x): pass", "`invoke` is part of the language, but this version does not run it yet"),
+        ("with model.output.sum().backward(): pass", "`backward` is part of the language"),
+    ],
+)
+def test_parts_of_the_language_that_do_not_run_yet(line: str, reason: str) -> None:
+    body = f"    with model.trace(x) as tracer:\n        {line}\n        out = model.output\n"
+    text = f"def use(model, x):\n{body}    return out\n"
+    with pytest.raises(CompileError, match=re.escape(reason)) as found:
+        intervene.from_source(text)(NNsight(nn.Sequential(nn.Linear(4, 4))), torch.ones(1, 4))
+    assert found.value.diagnostics[0].span.line == 3
+    assert "way out" in str(found.value)
