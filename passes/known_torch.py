@@ -168,11 +168,14 @@ def torch_row(target: str) -> KnownCall | None:
 
 @cache
 def _derived(target: str, name: str) -> KnownCall | None:
-    """What the schemas of all overloads of `aten::name` say, put together."""
+    """What the schemas of all overloads of `aten::name` say, put together; those for tensors with named dimensions, which
+    older versions of torch compose of others, aside."""
     schemas = [
         schema
         for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")
-        if torch._C._dispatch_has_kernel(_full_name(schema)) and not _writes_out(schema)
+        if torch._C._dispatch_has_kernel(_full_name(schema))
+        and not _writes_out(schema)
+        and "Dimname" not in schema.overload_name
     ]
     if not schemas:
         return None
