@@ -5,7 +5,10 @@ from __future__ import annotations
 from textwrap import dedent, indent
 
 import pytest
+import torch
+from torch import nn
 
+from nnsight_compiler import NNsight, intervene
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.parser import parse_program
 from nnsight_compiler.ir.verifier import verify
@@ -143,3 +146,22 @@ def test_forwards_are_looked_at_one_by_one() -> None:
     with pytest.raises(CompileError) as caught:
         check_sites(program, lambda _: Order())
     assert [each.span.line for each in caught.value.diagnostics] == [5]
+
+
+def test_a_write_through_a_site_to_a_value_that_is_used_again() -> None:
+    """In torch the value would change; the site has a copy of its own, so the program is refused rather than wrong."""
+    text = """def use(model, x):
+    v = torch.ones(1, 4)
+    with model.trace(x):
+        model[0].output = v
+        model[0].output[:, 0] += 1
+        out = model.output
+    return {}
+"""
+    model, x = NNsight(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), torch.ones(1, 4)
+    scope = {"torch": torch}
+    with pytest.raises(CompileError, match="assigned a value, and the value is used again after it") as found:
+        intervene.from_source(text.format("out, v"), scope)(model, x)
+    assert found.value.diagnostics[0].span.line == 5
+    out = intervene.from_source(text.format("out"), scope)(model, x)
+    assert torch.equal(out, model[1](torch.tensor([[2.0, 1, 1, 1]])))
