@@ -168,8 +168,10 @@ def torch_row(target: str) -> KnownCall | None:
 
 @cache
 def _derived(target: str, name: str) -> KnownCall | None:
-    """What the schemas of all overloads of `aten::name` say, put together; those for tensors with named dimensions, which
-    older versions of torch compose of others, aside."""
+    """What the schemas of all overloads of `aten::name` say, put together.
+
+    Those for tensors with named dimensions are left aside: older versions of torch compose them of others.
+    """
     schemas = [
         schema
         for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")

@@ -147,21 +147,24 @@ def _written_weights(program: Program, memory: Memory) -> Iterator[Diagnostic]:
 
 
 def _written_through(program: Program, body: list[Op], memory: Memory) -> Iterator[Diagnostic]:
-    """In-place writes to a site that holds a value of the program's, where that value is used again: the site has a copy
-    of it, so that the write would not be seen there."""
+    """In-place writes to a site that was assigned a value of the program's which is used again: the site has a copy of
+    it, so that the write would not be seen there.
+    """
     everything = list(program.walk())
+    reported: set[Span] = set()
     for number, write in enumerate(body):
         if not isinstance(write, ops.Write) or not isinstance(write.module, Module):
             continue
         own = {root for root in memory.roots(write.value) if not isinstance(root, Site)}
         for op in body[number + 1 :] if own else ():
-            if not in_place(op, memory):
+            if not in_place(op, memory) or op.span in reported:
                 continue
             sites = (root for root in targets(op, memory) if isinstance(root, Site))
             if not any((site.module, site.port) == (write.module.path, write.port) for site in sites):
                 continue
             after = everything[next(index for index, each in enumerate(everything) if each is op) + 1 :]
             if any(memory.roots(value) & own for each in after for value in used(each)):
+                reported.add(op.span)
                 yield Diagnostic(
                     op.span,
                     "this writes in place to a site that was assigned a value, and the value is used again after it",
