@@ -127,6 +127,7 @@ def check_sites(program: Program, orders: Orders) -> Program:
             continue
         wrong.extend(_unnoticed(program, forward, body, places, memory, order))
         wrong.extend(_written_through(program, body, memory))
+        wrong.extend(_written_inputs(forward, body, memory))
     if wrong:
         raise CompileError(wrong)
     return program
@@ -143,6 +144,19 @@ def _written_weights(program: Program, memory: Memory) -> Iterator[Diagnostic]:
                 op.span,
                 f"this writes to `{paths[0]}`, a weight of the model, and an experiment leaves the model as it was",
                 "work on a copy (`weight.clone()`), or change the torch module itself, outside of the experiment",
+            )
+
+
+def _written_inputs(forward: ops.Forward, body: list[Op], memory: Memory) -> Iterator[Diagnostic]:
+    """In-place writes to what a forward was given, in its own body: it is not told whether the model sees them."""
+    given = {root for argument in forward.arguments for root in memory.roots(argument.value)}
+    for op in body:
+        if in_place(op, memory) and targets(op, memory) & given:
+            yield Diagnostic(
+                op.span,
+                "this changes an input of the forward that is running, and the model may or may not have read it yet",
+                "write to the `.input` of a module, or change the input before the `with`",
+                ((forward.span, "the forward"),),
             )
 
 

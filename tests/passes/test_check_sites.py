@@ -165,3 +165,14 @@ def test_a_write_through_a_site_to_a_value_that_is_used_again() -> None:
     assert found.value.diagnostics[0].span.line == 5
     out = intervene.from_source(text.format("out"), scope)(model, x)
     assert torch.equal(out, model[1](torch.tensor([[2.0, 1, 1, 1]])))
+
+
+def test_a_write_to_the_input_of_the_forward_that_runs() -> None:
+    text = (
+        "def use(model, x):\n    with model.trace(x):\n        out = model.output\n        x[:] = 5\n    return out\n"
+    )
+    model, x = NNsight(nn.Sequential(nn.Linear(4, 4))), torch.ones(1, 4)
+    with pytest.raises(CompileError, match="this changes an input of the forward that is running") as found:
+        intervene.from_source(text)(model, x)
+    assert found.value.diagnostics[0].span.line == 4
+    assert torch.equal(x, torch.ones(1, 4))
