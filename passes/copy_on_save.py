@@ -4,7 +4,7 @@
     %s = save %y                              ──▶     %s = keep %y
     return %s                                         return %s
 
-A save copies, so that nothing that happens later changes what was saved (DESIGN.md D3). The copy is left out only where
+A save copies, so that nothing that happens later changes what was saved. The copy is left out only where
 nothing can: the value is made by the program itself, so that the model never holds it, and is all of its storage, so
 that it keeps nothing larger alive; no op of the program writes to it; and no container, closure, cell or host call got
 hold of it. In doubt it stays.

@@ -12,7 +12,7 @@
 
 Legal, since ops keep every order that matters: what an op uses comes before it; accesses to the same storage of the
 program's, and effects, keep their order in the source; accesses to one site keep it within that site, and sites are
-ordered by the model (DESIGN.md D1, D2). A value of the model that is used after its site is copied there, at the place
+ordered by the model. A value of the model that is used after its site is copied there, at the place
 in the source order where it is used, so that it is what it was: the model, or a later write, may change the original.
 What needs no site runs before the forward. A write that needs a value of a later site is refused with the cycle.
 

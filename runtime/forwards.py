@@ -7,7 +7,7 @@ registered it: another thread, a run inside this one, and a module that the body
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 from typing import Literal as OneOf
@@ -248,8 +248,3 @@ def resolve(model: Any, path: str) -> nn.Module:
     """A module of a wrapped model, with its weights: what the body calls, or takes a weight of."""
     found: nn.Module = model._ready().get_submodule(path)
     return found
-
-
-def paths(sites: Iterable[SitePlan]) -> list[str]:
-    """The modules that a plan touches."""
-    return list(dict.fromkeys(site.path for site in sites))
