@@ -65,8 +65,7 @@ def measure(lines: int, folder: Path) -> dict[str, object]:
     columns: dict[str, list[float]] = {
         "libcst": [],
         "lower": [],
-        "specialise": [],
-        "generate": [],
+        "compile": [],
         "total": [],
         "cpu": [],
     }
@@ -75,13 +74,11 @@ def measure(lines: int, folder: Path) -> dict[str, object]:
         _, parse, _ = timed(lambda: libcst.parse_module(source))
         experiment = intervene(function)
         _, lower, lower_cpu = timed(lambda: experiment.ir)  # noqa: B023
-        _, specialise, _ = timed(lambda: experiment.lower(wrapped, x))  # noqa: B023
         _, compiling, compiling_cpu = timed(lambda: experiment.compile(wrapped, x))  # noqa: B023  # passes, then code
         if repeat >= 2:
             columns["libcst"].append(parse)
             columns["lower"].append(lower)
-            columns["specialise"].append(specialise)
-            columns["generate"].append(compiling - specialise)
+            columns["compile"].append(compiling)
             columns["total"].append(lower + compiling)
             columns["cpu"].append(lower_cpu + compiling_cpu)
     medians = {f"{name}_ms": round(statistics.median(values), 2) for name, values in columns.items()}
