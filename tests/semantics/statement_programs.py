@@ -90,7 +90,7 @@ class Writer:
         self.scope: list[Variable] = []
         self.indent = 1
         self.count = 0
-        self.left = 14
+        self.left = 9
         self.in_function = self.in_loop = False
         self.floor = -1
         self.written = False
@@ -133,10 +133,11 @@ class Writer:
 
     # --- expressions ---
 
-    def integer(self) -> str:
-        """A host integer; staged programs may use it to choose modules."""
+    def integer(self, shown: bool = False) -> str:
+        """A host integer. In programs of one stage only what is `shown` may come from state that changes."""
         simple = [*self.named("int"), "0", "1", "2", "3"]
-        kind = self.pick(["simple", "simple", "sum", "remainder", "list", "table", "random", "call", "state", "forward"])
+        kinds = ["simple", "simple", "sum", "remainder", "random", "call", "forward"]
+        kind = self.pick(kinds + ["list", "table", "state"] if self.staged or shown else kinds)
         fulls, lists = self.named("full", "row"), self.named("ints")
         match kind:
             case "sum":
@@ -188,7 +189,8 @@ class Writer:
         return str(self.pick(["0.0", "0.5", "2.0", "-1.0"]))
 
     def condition(self) -> str:
-        kind = self.pick(["parity", "greater", "in", "number", "mean", "length", "random", "and"])
+        kinds = ["parity", "greater", "mean", "random", "and"]
+        kind = self.pick(kinds + ["in", "number", "length"] if self.staged else kinds)
         fulls, lists = self.named("full", "row"), self.named("ints")
         match kind:
             case "greater":
@@ -227,7 +229,7 @@ class Writer:
             self.log, self.trace, self.trace, self.compute, self.change, self.call_helper, self.if_, self.for_,
             self.while_, self.try_, self.nested, self.comprehension, self.leave,
         ]  # fmt: skip
-        if self.indent > 4:
+        if self.indent > 3:
             steps = [self.log, self.trace, self.compute, self.change, self.leave]
         self.pick(steps)()
 
@@ -239,7 +241,7 @@ class Writer:
             case "sum" if fulls:
                 return self.line(f'LOG.append(("{tag}", float({self.pick(fulls)}.sum())))')
             case "text":
-                text = f"{tag} {{{self.integer()}}} {{{self.number()}:.3f}}".replace('"', "'")
+                text = f"{tag} {{{self.integer(shown=True)}}} {{{self.number()}:.3f}}".replace('"', "'")
                 return self.line(f'LOG.append(f"{text}")')
             case "list" if lists:
                 return self.line(f'LOG.append(("{tag}", list({self.pick(lists)})))')
@@ -247,7 +249,7 @@ class Writer:
                 return self.line(f'LOG.append(("{tag}", len(LOG)))')
             case "number":
                 return self.line(f'LOG.append(("{tag}", {self.number()}))')
-        return self.line(f'LOG.append(("{tag}", {self.integer()}))')
+        return self.line(f'LOG.append(("{tag}", {self.integer(shown=True)}))')
 
     def compute(self) -> None:
         kind = self.pick(["int", "int", "number", "full", "ints"])
@@ -307,7 +309,7 @@ class Writer:
     def for_(self) -> None:
         name = self.fresh("n")
         known = [f"range({self.choose(3) + 1})", "(2, 0, 3)", "layers", "[1, 1]", "range(len(model.layers))"]
-        other = [f"range({self.integer()} % 4)", *self.named("ints")]
+        other = [f"range({self.integer()} % 4)", *(self.named("ints") if self.staged else [])]
         facts: dict[str, Any] = {"known": True}
         header = f"for {name} in {self.pick(known)}:"
         if self.chance(50):
@@ -331,7 +333,8 @@ class Writer:
     def while_(self) -> None:
         count = self.fresh("c")
         self.line(f"{count} = 0")
-        self.scope.append(Variable(count, "int", fixed=True))
+        if self.staged:
+            self.scope.append(Variable(count, "int", fixed=True))
         bound = f"{count} < {self.choose(3) + 1}"
         was, self.in_loop = self.in_loop, True
         with self.block(f"while {self.pick([bound, f'{bound} and {self.condition()}'])}:"):
@@ -350,6 +353,7 @@ class Writer:
         self.line(f"    {jump}")
 
     def try_(self) -> None:
+        was, self.in_loop = self.in_loop, self.in_loop and self.staged
         with self.block("try:"):
             self.statements(2)
             kind = self.pick(["index", "division", "raise", "call", "key"])
@@ -367,6 +371,7 @@ class Writer:
             else:
                 self.bind("int", text)
             self.statements(2)
+        self.in_loop = was
         named = self.pick([["IndexError", "ZeroDivisionError", "ValueError", "KeyError"], ["ValueError", "IndexError"]])
         with self.block(f"except ({', '.join(named)}) as error:"):
             self.line('LOG.append(("caught", type(error).__name__))')
@@ -466,7 +471,7 @@ class Writer:
                 else:
                     site, rank = self.site(mode, layer)
                     if site:
-                        self.bind("full", site, rank=rank)
+                        self.bind("full", site, rank=None if site.endswith(".input") else rank)
                         self.floor = max(self.floor, rank)
             case "write":
                 site, rank = self.site(mode, layer)
@@ -527,7 +532,8 @@ class Writer:
     def write(self, site: str) -> None:
         self.written = True
         k = self.choose(TOKENS)
-        kind = self.pick(["number", "augmented", "item", "tensor", "row", "kept"])
+        kinds = ["number", "tensor", "kept"]  # what is written in place to the first input changes what was passed
+        kind = self.pick(kinds if site.endswith(".input") else [*kinds, "augmented", "item", "row"])
         rows, fulls = self.named("row"), self.named("full")
         match kind:
             case "tensor" if fulls:
