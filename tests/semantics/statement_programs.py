@@ -322,7 +322,8 @@ class Writer:
         with self.block(header):
             if header.startswith("for p"):
                 self.scope.append(Variable(place, "int", fixed=True))
-            self.scope.append(Variable(name, "int", **facts))
+            if self.staged or "known" in facts:
+                self.scope.append(Variable(name, "int", **facts))
             if "ints" in facts or any(f"in {each}:" in header for each in self.named("ints")):
                 # A list that grows while it is looped over may never end.
                 self.line(f"if len(LOG) > 60 or {name} > 90:")
@@ -337,7 +338,7 @@ class Writer:
             self.scope.append(Variable(count, "int", fixed=True))
         bound = f"{count} < {self.choose(3) + 1}"
         was, self.in_loop = self.in_loop, True
-        with self.block(f"while {self.pick([bound, f'{bound} and {self.condition()}'])}:"):
+        with self.block(f"while {self.pick([bound, f'{bound} and ({self.condition()})'])}:"):
             self.line(f"{count} += 1")
             self.statements()
         self.in_loop = was
@@ -414,7 +415,9 @@ class Writer:
         loop, self.in_loop = self.in_loop, False
         function, self.in_function = self.in_function, True
         before = list(self.scope)
-        self.scope = [Variable(v.name, v.kind, v.known, fixed=True) for v in self.scope]
+        self.scope = [
+            Variable(v.name, v.kind, v.known and (self.staged or v.name == "layer"), fixed=True) for v in self.scope
+        ]
         with self.block(f"def {name}({layer}):"):
             self.scope.append(Variable(layer, "int", known=True))
             self.trace()
@@ -516,6 +519,7 @@ class Writer:
                     if self.chance(50):
                         self.log()
                 self.floor = floor
+                self.scope = [Variable(v.name, v.kind, v.known, None, v.fixed) for v in self.scope]
         assert number is None or mode == "one"
         return None
 
@@ -537,17 +541,22 @@ class Writer:
         rows, fulls = self.named("row"), self.named("full")
         match kind:
             case "tensor" if fulls:
-                self.line(f"{site} = {self.tensor()}")
+                self.replace(site, self.tensor())
             case "row" if rows:
                 self.line(f"{site}[:, {k}] {self.pick(['=', '+='])} {self.pick(rows)}")
             case "kept" if "kept" in self.named("fulls"):
-                self.line(f"{site} = kept[-1] * 0.5 if kept else {self.number()}")
+                self.replace(site, "torch.tanh(x + sum(kept))")
             case "augmented":
                 self.line(f"{site} {self.pick(['+=', '*='])} {self.number()}")
             case "item":
                 self.line(f"{site}[:, {k}] = {self.number()}")
             case _:
-                self.line(f"{site} = {self.number()}")
+                self.replace(site, self.number())
+
+    def replace(self, site: str, value: str) -> None:
+        """Assigns to a site: what was read there before is no longer what the model goes on with."""
+        self.line(f"{site} = {value}")
+        self.scope = [Variable(v.name, v.kind, v.known, None, v.fixed) for v in self.scope]
 
     def body_loop(self) -> None:
         """A loop over layers in a body."""
