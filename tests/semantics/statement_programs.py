@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 LAYERS, TOKENS, WIDTH = 4, 3, 4
 
-PRELUDE = '''\
+PRELUDE = """\
 import random
 import torch
 
@@ -54,7 +54,7 @@ def risky(value):
     if value % 3 == 0:
         raise ValueError(value)
     return value + 1
-'''
+"""
 
 PORTS = [(".input", 0), (".linear.output", 1), (".act.output", 2), (".output", 3)]
 """The sites of a layer, in the order in which it reaches them."""
@@ -137,7 +137,7 @@ class Writer:
         """A host integer. In programs of one stage only what is `shown` may come from state that changes."""
         simple = [*self.named("int"), "0", "1", "2", "3"]
         kinds = ["simple", "simple", "sum", "remainder", "random", "call", "forward"]
-        kind = self.pick(kinds + ["list", "table", "state"] if self.staged or shown else kinds)
+        kind = self.pick([*kinds, "list", "table", "state"] if self.staged or shown else kinds)
         fulls, lists = self.named("full", "row"), self.named("ints")
         match kind:
             case "sum":
@@ -190,7 +190,7 @@ class Writer:
 
     def condition(self) -> str:
         kinds = ["parity", "greater", "mean", "random", "and"]
-        kind = self.pick(kinds + ["in", "number", "length"] if self.staged else kinds)
+        kind = self.pick([*kinds, "in", "number", "length"] if self.staged else kinds)
         fulls, lists = self.named("full", "row"), self.named("ints")
         match kind:
             case "greater":
@@ -364,7 +364,7 @@ class Writer:
                 "division": f"6 // ({self.integer()})",
                 "raise": f"raise ValueError({self.integer()})",
                 "call": f"risky({self.integer()})",
-                "key": f'TABLE[{self.integer()}]',
+                "key": f"TABLE[{self.integer()}]",
             }[kind]
             if kind == "raise":
                 with self.block(f"if {self.condition()}:"):
@@ -446,7 +446,8 @@ class Writer:
     def trace(self) -> None:
         mode = self.pick(["fixed", "fixed", "one", "one", "reads", "loop"])
         layer = ""
-        if mode == "one":
+        if mode in ("one", "reads"):
+            # Chosen before the body: what names a module cannot wait for what the forward shows.
             layer = self.known() if not self.staged else self.bind("int", self.layer(), "at", fixed=True)
         self.line(f"with model.trace({self.inputs()}){self.pick(['', ' as tracer'])}:")
         self.indent += 1
@@ -466,11 +467,10 @@ class Writer:
         kind = self.pick(["read", "read", "write", "write", "change", "log", "keep", "compute", "call", "if", "row"])
         if mode == "reads" and kind in ("write", "change", "if", "row"):
             kind = "read"
-        number = int(layer) if layer.isdigit() else None
         match kind:
             case "read":
                 if mode == "reads":
-                    self.bind("full", f"model.layers[{self.layer()}]{self.pick(PORTS)[0]}")
+                    self.bind("full", f"model.layers[{self.pick([layer, self.known()])}]{self.pick(PORTS)[0]}")
                 else:
                     site, rank = self.site(mode, layer)
                     if site:
@@ -520,7 +520,6 @@ class Writer:
                         self.log()
                 self.floor = floor
                 self.scope = [Variable(v.name, v.kind, v.known, None, v.fixed) for v in self.scope]
-        assert number is None or mode == "one"
         return None
 
     def site(self, mode: str, layer: str) -> tuple[str, int]:

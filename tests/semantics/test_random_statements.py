@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 from statement_oracle import OutsideError, StandIn, keep
 from statement_programs import LAYERS, TOKENS, WIDTH, programs
 from torch import nn
