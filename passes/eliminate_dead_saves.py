@@ -167,6 +167,8 @@ class _Elimination:
                 for jump in node.jumps:
                     if isinstance(jump.op, ops.Yield) and jump.op in op.condition.ops:
                         self.use(jump.op.values[0], waiting)
+            case ops.Yield() if node.parent is not None and isinstance(node.parent.op, ops.Try):
+                self.use_all(op, waiting)  # the exceptions that an `except` names
             case ops.Yield() | ops.Continue() | ops.Break():
                 pass
             case ops.Forward():
