@@ -156,6 +156,8 @@ class ControlFlow(Interpretation):
         if id(op) in self.decisions.roll:
             self.stage_body(op.body)
         elif id(op) in self.decisions.unroll or self.evaluate.mentions_modules(iterable):
+            if self.forward is None and not self.closures and not self.evaluate.listable(iterable):
+                raise Undecided(roll={id(op)})
             items = self.evaluate.iterate(iterable, op.span)
             return self.unrolled(op, items, tuple(map(self.abstract, op.initial)))
         initial = tuple(map(self.abstract, op.initial))
@@ -347,7 +349,7 @@ class ControlFlow(Interpretation):
         self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments)
         self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
-        self.forward = Forwarding(result, module, span, self.builder.depth)
+        self.forward = Forwarding(result, module, span, op, self.builder.depth)
         outer, self.conditions = self.conditions, []
         with self.builder.region() as made:
             completion = self.region(op.body)
