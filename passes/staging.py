@@ -25,7 +25,7 @@ from nnsight_compiler.ir.traverse import defined, used, walk
 from nnsight_compiler.ir.values import UNBOUND, Unbound, Value, values_in
 from nnsight_compiler.passes.apply import FOLDED
 from nnsight_compiler.passes.behaviour import Behaviour
-from nnsight_compiler.passes.control_flow import ControlFlow
+from nnsight_compiler.passes.control_flow import ControlFlow, emits
 from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements
 from nnsight_compiler.passes.interpretation import AccessInClosure, Undecided
 from nnsight_compiler.passes.known_calls import known_method
@@ -96,6 +96,8 @@ class Staging(ControlFlow):
         if cut is None:
             cut = outline(region, index, self.function, self.frame.name, self.program.span)
             self.decisions.outlines[id(op)] = cut
+        if emits(cut.program.body):
+            raise Undecided(whole={id(op)})
         held = [self.scope[value] for value in cut.free]
         for value in held:
             if not self._can_cross(value):
