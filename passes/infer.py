@@ -73,19 +73,34 @@ def infer(program: Program, surroundings: Surroundings, extents: Extents) -> Pro
 def _settings(known: Mapping[str, Extent], exact: bool) -> Iterator[dict[str, Size]]:
     """The size of each forward in each of the runs: as in the call, larger where it is not known, and on the grid."""
     for rows, tokens in (_SOME,) if exact else (_SOME, _OTHERS):
-        yield {name: Size(each.sites, each.rows or rows, each.tokens or tokens) for name, each in known.items()}
-    fewest_rows = min((each.rows or 0 for each in known.values() if each.exact), default=0)
-    fewest_tokens = min((each.tokens or 0 for each in known.values() if each.exact), default=0)
-    for rows, tokens in _GRID:
-        # Forwards of different sizes keep their differences.
         yield {
             name: Size(
                 each.sites,
-                rows + (0 if each.rows is None else each.rows - fewest_rows),
-                tokens + (0 if each.tokens is None else each.tokens - fewest_tokens),
+                rows if each.rows is None else each.rows,
+                tokens if each.tokens is None else each.tokens,
+                each.varies,
             )
             for name, each in known.items()
         }
+    least_rows = min((each.rows for each in known.values() if each.rows is not None), default=0)
+    least_tokens = min((each.tokens for each in known.values() if each.tokens is not None), default=0)
+    for rows, tokens in _GRID:
+        yield {
+            name: Size(
+                each.sites,
+                _on_grid(rows, each.rows, least_rows, "rows" in each.varies),
+                _on_grid(tokens, each.tokens, least_tokens, "tokens" in each.varies),
+                each.varies,
+            )
+            for name, each in known.items()
+        }
+
+
+def _on_grid(place: int, size: int | None, least: int, varies: bool) -> int:
+    """A size of a forward on the grid; forwards of different sizes keep their differences."""
+    if size is None:
+        return place
+    return place + size - least if varies else size
 
 
 def _run(program: Program, surroundings: Surroundings, sizes: Mapping[str, Size], opaque: set[str]) -> MetaRun:
@@ -126,14 +141,14 @@ def _axis(found: Sequence[int], settings: Sequence[Mapping[str, Size]]) -> str |
     in all of them."""
     if len(found) < len(settings):
         return None
-    for name in settings[0]:
+    for name, each in settings[0].items():
         rows = [setting[name].rows for setting in settings]
         tokens = [setting[name].tokens for setting in settings]
-        if found == rows:
+        if found == rows and "rows" in each.varies:
             return "rows"
-        if found == tokens:
+        if found == tokens and "tokens" in each.varies:
             return "tokens"
-        if found == [row * token for row, token in zip(rows, tokens, strict=True)]:
+        if len(each.varies) == 2 and found == [row * token for row, token in zip(rows, tokens, strict=True)]:
             return "rows*tokens"
     return None
 

@@ -72,6 +72,7 @@ class Size:
     sites: Sites
     rows: int
     tokens: int
+    varies: frozenset[str]
 
 
 @final

@@ -22,11 +22,15 @@ class Sites(Protocol):
 @final
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """The size of a forward: how many rows and tokens its input has; `None` where only the run can tell."""
+    """The size of a forward: how many rows and tokens its input has; `None` where only the run can tell.
+
+    varies: which of `rows` and `tokens` the shapes at the sites are known to follow; the others stay as they are.
+    """
 
     sites: Sites
     rows: int | None = None
     tokens: int | None = None
+    varies: frozenset[str] = frozenset({"rows", "tokens"})
 
     @property
     def exact(self) -> bool:
