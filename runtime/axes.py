@@ -202,13 +202,14 @@ class _Inference:
         return replace(self._found(hypothesis, None), uncut=uncut)
 
     def _found(self, hypothesis: _Hypothesis, cut: Cut | None) -> _Found:
-        shadow = _template(self.module, hypothesis.stand_in, cut)
+        # One shadow is copied for each run, so that what a run leaves in it is not seen by the next.
+        shadow = shadowed(self.module, hypothesis.stand_in, cut.left_out(self.module) if cut else frozenset())
         grid = {setting: self._run(shadow, hypothesis, setting) for setting in hypothesis.grid}
         checks = self._check(shadow, hypothesis)
         first = hypothesis.grid[0]
         if cut is not None:
-            deeper = self._run(_template(self.module, hypothesis.stand_in, cut, more=1), hypothesis, first)
-            _require_agreement(grid[first], deeper, cut)
+            deeper = shadowed(self.module, hypothesis.stand_in, cut.left_out(self.module, more=1))
+            _require_agreement(grid[first], self._run(deeper, hypothesis, first), cut)
         repeats = [self._run(shadow, hypothesis, first, again=True)] if hypothesis.axes.names else []
         values, refused = solved(grid | checks, repeats)
         root = Event("", "output", 0)
@@ -262,14 +263,6 @@ class _Found:
     refused: dict[Event, str]
     cut: Mapping[str, int]
     uncut: str = ""
-
-
-def _template(module: nn.Module, stand_in: Fakes | Reals, cut: Cut | None, more: int = 0) -> nn.Module:
-    """A shadow that is copied for each run, so that what one run leaves in it is not seen by the next."""
-    shadow = shadowed(module, stand_in)
-    if cut is not None:
-        cut.apply(shadow, more)
-    return shadow
 
 
 def _require_agreement(one: Record, deeper: Record, cut: Cut) -> None:

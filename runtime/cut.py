@@ -36,12 +36,14 @@ class Cut:
     kept: Mapping[str, int]
     represented: Mapping[str, str]
 
-    def apply(self, shadow: nn.Module, more: int = 0) -> None:
-        """Leaves out the layers of a shadow, but so many more of each list."""
-        for path, kept in self.kept.items():
-            layers: Any = shadow.get_submodule(path)
-            for name in list(layers._modules)[kept + more :]:
-                del layers._modules[name]
+    def left_out(self, module: nn.Module, more: int = 0) -> frozenset[nn.Module]:
+        """The layers that are left out of a model when each list keeps so many more."""
+        return frozenset(
+            layer
+            for path, kept in self.kept.items()
+            for layer in list(module.get_submodule(path)._modules.values())[kept + more :]
+            if layer is not None
+        )
 
     def layer_of(self, path: str) -> str | None:
         """The layer of a cut list that a path is in or below; `None` for any other path."""
@@ -65,7 +67,7 @@ def plan_cut(module: nn.Module) -> Cut | None:
     configs = [part.config for part in module.modules() if hasattr(part, "config")]
     counts = {getattr(config, name, None) for config in configs for name in _COUNTS}
     for path, layers in _lists(module):
-        if len(layers) not in counts:
+        if len(layers) not in counts or len(set(layers)) < len(layers):
             continue
         kinds = _kinds(layers, configs)
         keep = max(_second(kinds, kind) for kind in set(kinds)) + 1

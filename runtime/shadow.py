@@ -11,7 +11,7 @@ import copy
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CellType, FunctionType
 from typing import Any
@@ -95,17 +95,18 @@ class _NoFakesIntoReals(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-def shadowed(module: nn.Module, stand_in: Fakes | Reals) -> nn.Module:
-    """A shadow with stand-ins for all tensors that the modules hold."""
+def shadowed(module: nn.Module, stand_in: Fakes | Reals, without: Set[nn.Module] = frozenset()) -> nn.Module:
+    """A shadow with stand-ins for all tensors that the modules hold, and `without` some of the modules."""
     memo: dict[int, Any] = {}
-    for tensor in tensors_of(module):
+    for tensor in tensors_of(module, without):
         if id(tensor) not in memo:
             memo[id(tensor)] = stand_in(tensor)
-    return shadow_of(module, memo, fake=stand_in.how == "fake")
+    return shadow_of(module, memo, stand_in.how == "fake", without)
 
 
-def shadow_of(module: nn.Module, memo: dict[int, Any], fake: bool) -> nn.Module:
-    """A deep copy whose tensors come from `memo`, without the user's hooks."""
+def shadow_of(module: nn.Module, memo: dict[int, Any], fake: bool, without: Set[nn.Module] = frozenset()) -> nn.Module:
+    """A deep copy whose tensors come from `memo`, without the user's hooks, and `without` some of the modules."""
+    holders: list[tuple[nn.Module, dict[str, Any]]] = []
     for part in module.modules():
         for name in _HOOKS:
             if name in vars(part):
@@ -117,7 +118,14 @@ def shadow_of(module: nn.Module, memo: dict[int, Any], fake: bool) -> nn.Module:
             for shared in ("weights_map", "tied_params_map"):  # all of the model's weights: not to be copied
                 if getattr(one, shared, None) is not None:
                     memo[id(getattr(one, shared))] = getattr(one, shared)
+        if not without.isdisjoint(part.children()):
+            holders.append((part, {}))
+            memo[id(part._modules)] = holders[-1][1]
     shadow = copy.deepcopy(module, memo)
+    for part, remaining in holders:
+        remaining.update(
+            {name: copy.deepcopy(child, memo) for name, child in part._modules.items() if child not in without}
+        )
     for part in shadow.modules():
         if fake and "_old_forward" in vars(part):  # accelerate's way of wrapping a forward
             part.forward = vars(part)["_old_forward"]
@@ -155,11 +163,16 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             return
 
 
-def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    """The parameters, buffers and other tensors that the modules hold."""
-    for part in module.modules():
-        for value in vars(part).values():
-            yield from tensors_in(value)
+def tensors_of(module: nn.Module, without: Set[nn.Module] = frozenset()) -> Iterator[torch.Tensor]:
+    """The parameters, buffers and other tensors that the modules hold, but for some modules and what is below them."""
+    waiting, seen = [module], set(without)
+    while waiting:
+        part = waiting.pop()
+        if part not in seen:
+            seen.add(part)
+            waiting.extend(part.children())
+            for value in vars(part).values():
+                yield from tensors_in(value)
 
 
 def has_weights(module: nn.Module) -> bool:
