@@ -5,8 +5,8 @@ module receives or returns is solved as a formula in the two. One run more than 
 numbers shows what depends on them. Nothing is guessed: a size that no formula in whole numbers gives, a tensor that is
 there in some runs only, a module that does not always run are refused, each with its reason.
 
-The inputs of these runs are real and small, the weights are fakes. So what a model computes of its inputs alone has
-numbers: whether a mask hides anything is decided as in a run, which is not so where all tensors are fakes.
+In these runs weights and everything in floating point are fakes, but ids and masks are real and small. So what a model
+computes of these alone has numbers, and whether a mask hides anything is decided as in a run of the user's.
 """
 
 from __future__ import annotations
@@ -163,12 +163,12 @@ class _Inference:
 
     def axes(self, inputs: InputAxes) -> Axes:
         """The axes by the first hypothesis that holds."""
-        reasons: list[str] = []
+        reasons: dict[str, None] = {}  # in order, each once
         for hypothesis in self._hypotheses(inputs):
             try:
                 found = self._tested(hypothesis)
             except Exception as error:  # whatever the model raises: it is the reason for what is tried next
-                reasons.append(f"{hypothesis}: {_first_line(error)}")
+                reasons[f"{hypothesis}: {_first_line(error)}"] = None
                 continue
             reason = "; ".join([*reasons, found.uncut] if found.uncut else reasons)
             how, fixed = hypothesis.stand_in.how, hypothesis.fixed
@@ -234,24 +234,12 @@ class _Inference:
         if hypothesis.axes.names:
             sampler = Sampler(self.module, self.args, self.kwargs, hypothesis.axes)
             seed = 1000 * setting[0] + 2 * setting[1] + again
-            args, kwargs = sampler.sample(*setting, seed, padded=again, device=stand_in.device)
+            inputs = sampler.sample(*setting, seed, padded=again)
         else:  # nothing varies: the arguments themselves are most likely to be such as the model takes
-            args, kwargs = self._given(stand_in.device)
-        with stand_in.on_real_inputs():
+            inputs = pytree.tree_map(_copied, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, stand_in.as_input, inputs)
+        with stand_in.running_on_numbers():
             return record(shadowed(shadow, stand_in), args, kwargs)
-
-    def _given(self, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def placed(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return copy.deepcopy(leaf)
-            return (
-                torch.zeros_like(leaf, device=device or leaf.device)
-                if leaf.is_meta
-                else leaf.detach().to(device).clone()
-            )
-
-        args, kwargs = pytree.tree_map(placed, (self.args, self.kwargs))
-        return args, kwargs
 
 
 @final
@@ -263,6 +251,12 @@ class _Found:
     refused: dict[Event, str]
     cut: Mapping[str, int]
     uncut: str = ""
+
+
+def _copied(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return copy.deepcopy(leaf)
+    return torch.zeros(leaf.shape, dtype=leaf.dtype) if leaf.is_meta else leaf.detach().clone()
 
 
 def _require_agreement(one: Record, deeper: Record, cut: Cut) -> None:

@@ -8,8 +8,10 @@ long as it is fake; a real one keeps accelerate's, since they bring the weights.
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -51,16 +53,27 @@ class Fakes:
     def running(self) -> AbstractContextManager[Any]:
         return self.mode
 
-    def on_real_inputs(self) -> AbstractContextManager[Any]:
-        """For forwards whose inputs stay real: what is computed of them alone is real too, all else is fake."""
-        return _NoFakesIntoReals()  # type: ignore[no-untyped-call]
+    @contextmanager
+    def running_on_numbers(self) -> Iterator[None]:
+        """For forwards whose inputs are real where they are whole numbers or truth values: what a model computes of
+        these alone, such as whether a mask hides anything, has numbers; all else is fake."""
+        logger, quiet = logging.getLogger(FakeTensorMode.__module__), _Quiet()
+        logger.addFilter(quiet)
+        try:
+            with _NewFloatsAreFake(self):
+                yield
+        finally:
+            logger.removeFilter(quiet)
+
+    def as_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What stands for an input in such a forward."""
+        return self(tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor.to(self.device)
 
 
 class Reals:
     """Shares the parameters and copies every other tensor."""
 
     how: OneOf["fake", "real"] = "real"
-    device: torch.device | None = None
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
@@ -68,31 +81,51 @@ class Reals:
     def running(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def on_real_inputs(self) -> AbstractContextManager[Any]:
+    def running_on_numbers(self) -> AbstractContextManager[Any]:
         """For forwards whose inputs are real."""
         return nullcontext()
 
+    def as_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What stands for an input in such a forward."""
+        return tensor
 
-class _NoFakesIntoReals(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to write a fake into a real tensor, which would go on with numbers that nothing computed."""
+
+class _NewFloatsAreFake(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Makes fakes of new floating-point tensors, which models fill later. What is computed of whole numbers and truth
+    values stays real until it meets a fake."""
+
+    def __init__(self, fakes: Fakes) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fakes = fakes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            named = {
-                argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)
-            } | kwargs
-            written = [
-                named[argument.name]
-                for argument in func._schema.arguments
-                if argument.alias_info is not None and argument.alias_info.is_write and argument.name in named
-            ]
-            real = any(not isinstance(tensor, FakeTensor) for tensor in tensors_in(written))
-            if real and any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
-                raise NotImplementedError(f"{func} writes a tensor without numbers into one with numbers")
-        return func(*args, **kwargs)
+            self._refuse_mixing(func, args, kwargs)
+        made = func(*args, **kwargs)
+        new = isinstance(made, torch.Tensor) and next(tensors_in((args, kwargs)), None) is None
+        return self.fakes(made) if new and (made.is_floating_point() or made.is_complex()) else made
+
+    @staticmethod
+    def _refuse_mixing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses to write a fake into a real tensor, which would go on with numbers that nothing computed."""
+        arguments = func._schema.arguments
+        named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+        written = [
+            named.get(argument.name) for argument in arguments if argument.alias_info and argument.alias_info.is_write
+        ]
+        real = any(not isinstance(tensor, FakeTensor) for tensor in tensors_in(written))
+        if real and any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
+            raise NotImplementedError(f"{func} writes a tensor without numbers into one with numbers")
+
+
+class _Quiet(logging.Filter):
+    """Drops what torch logs when an operation has no shapes for fakes: that is raised too, and told by who asked."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread != threading.get_ident()
 
 
 def shadowed(module: nn.Module, stand_in: Fakes | Reals, without: Set[nn.Module] = frozenset()) -> nn.Module:
