@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from nnsight_compiler.ir.errors import ExperimentError
-from nnsight_compiler.runtime.cut import Cut, plan_cut
+from nnsight_compiler.runtime.cut import Cut, plan_cut, windows
 from nnsight_compiler.runtime.formulas import Opaque, Setting, TensorAxes, same, solved
 from nnsight_compiler.runtime.forward_record import Leaves, Record, record
 from nnsight_compiler.runtime.input_axes import InputAxes, Sampler, input_axes
@@ -37,6 +37,12 @@ T = TypeVar("T")
 _ROWS = (3, 5)
 _ROWS_CHECKED = (1, 2)
 """The check is at one row, which some models treat specially; at two where the model allows no single one."""
+
+_FEW_WEIGHTS = 2**24
+"""Weights that are not loaded may be drawn at random, if they are no more than that, where fakes do not do."""
+
+_LONGEST = {"fake": 4096, "real": 64}
+"""Windows longer than that are not looked beyond: masks are real, and grow with the square."""
 
 _TOKENS = ((13, 17), 11), ((5, 7), 4)
 """Two lengths and that of the check; short ones for models that allow no more."""
@@ -101,6 +107,8 @@ class Axes:
             raise AxisError(self.reason)
         if event in self.refused:
             raise AxisError(self.refused[event])
+        if event not in self._values and any(one.path == event.path for one in self.refused):
+            raise AxisError("how often it runs is not known: the sizes or the numbers decide")
         leaves, structure = self._values[event]
         return pytree.tree_unflatten(map(present, leaves), structure)
 
@@ -138,6 +146,7 @@ class _Hypothesis:
 
     grid: the settings from which formulas are solved; the first is also the one that is repeated.
     checks: settings for a check, of which the first that the model allows is used.
+    windows: further settings, beyond the lengths at which the model changes its masks; used if the model allows them.
     fixed: the axes that are not varied, by their size in the arguments.
     """
 
@@ -145,6 +154,7 @@ class _Hypothesis:
     stand_in: Fakes | Reals
     grid: tuple[Setting, ...]
     checks: tuple[Setting, ...]
+    windows: tuple[Setting, ...]
     fixed: Mapping[str, int]
 
     def __str__(self) -> str:
@@ -160,6 +170,8 @@ class _Inference:
         self.stand_ins: list[Fakes | Reals] = [Fakes(module, args, kwargs)]
         if has_weights(module):
             self.stand_ins.append(Reals())
+        elif sum(parameter.numel() for parameter in module.parameters()) <= _FEW_WEIGHTS:
+            self.stand_ins.append(Reals(draws=True))
 
     def axes(self, inputs: InputAxes) -> Axes:
         """The axes by the first hypothesis that holds."""
@@ -189,7 +201,14 @@ class _Inference:
             for stand_in, (some_tokens, checked_tokens) in itertools.product(self.stand_ins, lengths):
                 grid = tuple(itertools.product(some_rows, some_tokens))
                 checks = tuple((number, checked_tokens) for number in checked_rows) if held.names else ()
-                yield _Hypothesis(held, stand_in, grid, checks, fixed)
+                beyond = self._beyond(stand_in, some_tokens) if "tokens" in held.names else ()
+                yield _Hypothesis(held, stand_in, grid, checks, beyond, fixed)
+
+    def _beyond(self, stand_in: Fakes | Reals, lengths: tuple[int, ...]) -> tuple[Setting, ...]:
+        """One row of more tokens than each window longer than all lengths, of fewer than each that is shorter."""
+        longest = _LONGEST[stand_in.how]
+        longer = [(1, window + 1) for window in windows(self.module) if max(lengths) < window <= longest]
+        return *longer, *((1, window - 1) for window in windows(self.module) if window <= min(lengths))
 
     def _tested(self, hypothesis: _Hypothesis) -> _Found:
         """Raises what the model raises; `_RefutedError` where nothing that it returns has rows."""
@@ -205,7 +224,7 @@ class _Inference:
         # One shadow is copied for each run, so that what a run leaves in it is not seen by the next.
         shadow = shadowed(self.module, hypothesis.stand_in, cut.left_out(self.module) if cut else frozenset())
         grid = {setting: self._run(shadow, hypothesis, setting) for setting in hypothesis.grid}
-        checks = self._check(shadow, hypothesis)
+        checks = self._checks(shadow, hypothesis)
         first = hypothesis.grid[0]
         if cut is not None:
             deeper = shadowed(self.module, hypothesis.stand_in, cut.left_out(self.module, more=1))
@@ -219,14 +238,18 @@ class _Inference:
             values, refused = _expanded(values, cut), _expanded(refused, cut)
         return _Found(values, refused, cut.kept if cut else {})
 
-    def _check(self, shadow: nn.Module, hypothesis: _Hypothesis) -> dict[Setting, Record]:
-        """The run at the first of the settings for checks that the model allows; none where there are none."""
-        for setting in hypothesis.checks[:-1]:
-            try:
-                return {setting: self._run(shadow, hypothesis, setting)}
-            except Exception:  # a model that takes no single row: the last setting is the one that decides
-                continue
-        return {setting: self._run(shadow, hypothesis, setting) for setting in hypothesis.checks[-1:]}
+    def _checks(self, shadow: nn.Module, hypothesis: _Hypothesis) -> dict[Setting, Record]:
+        """Runs at other settings: the first check that the model allows, and beyond its windows where allowed."""
+        found: dict[Setting, Record] = {}
+        for settings in (hypothesis.checks, *((setting,) for setting in hypothesis.windows)):
+            for setting in settings:
+                try:
+                    found[setting] = self._run(shadow, hypothesis, setting)
+                    break
+                except Exception:  # what a model does not allow in these runs, it does not allow in any
+                    if hypothesis.checks[-1:] == (setting,):
+                        raise
+        return found
 
     def _run(self, shadow: nn.Module, hypothesis: _Hypothesis, setting: Setting, again: bool = False) -> Record:
         """One forward, on a copy of the shadow; `again` for other numbers and a mask that hides a token."""

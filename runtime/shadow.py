@@ -71,11 +71,17 @@ class Fakes:
 
 
 class Reals:
-    """Shares the parameters and copies every other tensor."""
+    """Shares the parameters and copies every other tensor. Where it `draws`, weights that are not loaded are random."""
 
     how: OneOf["fake", "real"] = "real"
 
+    def __init__(self, draws: bool = False) -> None:
+        self.draws = draws
+
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta and self.draws:
+            drawn = torch.randn(tensor.shape).to(tensor.dtype)
+            return nn.Parameter(drawn, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else drawn
         return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
     def running(self) -> AbstractContextManager[Any]:
