@@ -150,6 +150,10 @@ def test_what_happens_at_some_sizes_only_is_refused():
     ):
         assert axes.refused[Event(path, "output", 0)] == reason
     assert shapes(axes, "") == ["float32[rows, 4]"]
+    with pytest.raises(AxisError, match="how often it runs is not known"):
+        axes.value("many", "output", 1, 2, 1)
+    with pytest.raises(KeyError):
+        axes.value("", "output", 1, 2, 1)
 
 
 class Fixed(nn.Module):

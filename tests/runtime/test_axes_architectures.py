@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import transformers
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from nnsight_compiler.runtime.axes import Axes, Opaque, TensorAxes, infer_axes
+from nnsight_compiler.runtime.axes import Axes, AxisError, Opaque, TensorAxes, infer_axes
 
 torch.set_num_threads(1)
 
@@ -48,6 +49,7 @@ class Architecture:
     refused: str = ""
 
     def build(self) -> nn.Module:
+        torch.manual_seed(0)
         cls = getattr(transformers, self.model)
         return cls._from_config(cls.config_class(**self.sizes), **self.options).eval()
 
@@ -368,3 +370,40 @@ def test_every_value_of_a_real_forward_at_other_sizes(name: str, inferred: Calla
     refused = {event.path for event in axes.refused}
     assert all(re.fullmatch(one.refused, path) for path in refused)
     assert bool(refused) == bool(one.refused)
+
+
+def test_the_page_on_axes_lists_the_sites_whose_first_dimension_is_not_rows():
+    lines = [
+        f"| {name} | `{site}` | `[{shape}]` |"
+        for name, one in ARCHITECTURES.items()
+        for site, shape in one.shapes.items()
+        if not shape.startswith("rows, ")
+    ]
+    page = (Path(__file__).parents[2] / "docs" / "axes.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| ") and "`[" in line] == lines
+
+
+def test_a_mask_that_all_rows_share():
+    """Without a mask of the user's, Mistral's is one in memory for all rows: writing to one row writes to all."""
+    one = ARCHITECTURES["mistral"]
+    model = one.build()
+    axes = infer_axes(model, (), ids(1, 4))
+    mask = axes.types("model.layers.1", "input")[1]["attention_mask"]
+    assert repr(mask.sometimes) == "bool[rows (shared), 1, tokens, tokens]"
+    real = real_values(model, (), ids(3, 11))["model.layers.1", "input", 0][1]["attention_mask"]
+    assert (real.shape, real.stride(0)) == ((3, 1, 11, 11), 0)
+    assert mask.sometimes.at(3, 11).stride(0) == 0
+    assert real_values(model, (), ids(3, 5))["model.layers.1", "input", 0][1]["attention_mask"] is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_masks_that_are_there_only_if_they_hide_something_are_not_claimed(name: str, inferred: Callable[[str], Axes]):
+    block = {"gpt2": "transformer.h.1", "llama": "model.layers.1", "bert": "bert.encoder.layer.1"}[name]
+    plain = prompt(2, 11)
+    padded = {**plain, "attention_mask": plain["attention_mask"].index_fill(1, torch.tensor([0]), 0)}
+    model, axes = ARCHITECTURES[name].build(), inferred(name)
+    for inputs in (plain, padded):
+        assert disagreements(axes, real_values(model, (), inputs), rows=2, tokens=11) == []
+    args, kwargs = axes.types(block, "input")
+    masks = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Opaque) and "None" in leaf.reason]
+    assert [mask.reason for mask in masks] == ["None or a tensor: the sizes or the numbers decide"]
