@@ -5,8 +5,8 @@ module receives or returns is solved as a formula in the two. One run more than 
 numbers shows what depends on them. Nothing is guessed: a size that no formula in whole numbers gives, a tensor that is
 there in some runs only, a module that does not always run are refused, each with its reason.
 
-The inputs of these runs are real and small, the weights are fakes. So what a model computes of its inputs alone has
-numbers: whether a mask hides anything is decided as in a run, which is not so where all tensors are fakes.
+In these runs weights and everything in floating point are fakes, but ids and masks are real and small. So what a model
+computes of these alone has numbers, and whether a mask hides anything is decided as in a run of the user's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from nnsight_compiler.ir.errors import ExperimentError
-from nnsight_compiler.runtime.cut import Cut, plan_cut
+from nnsight_compiler.runtime.cut import Cut, plan_cut, windows
 from nnsight_compiler.runtime.formulas import Opaque, Setting, TensorAxes, same, solved
 from nnsight_compiler.runtime.forward_record import Leaves, Record, record
 from nnsight_compiler.runtime.input_axes import InputAxes, Sampler, input_axes
@@ -37,6 +37,12 @@ T = TypeVar("T")
 _ROWS = (3, 5)
 _ROWS_CHECKED = (1, 2)
 """The check is at one row, which some models treat specially; at two where the model allows no single one."""
+
+_FEW_WEIGHTS = 2**24
+"""Weights that are not loaded may be drawn at random, if they are no more than that, where fakes do not do."""
+
+_LONGEST = {"fake": 4096, "real": 64}
+"""Windows longer than that are not looked beyond: masks are real, and grow with the square."""
 
 _TOKENS = ((13, 17), 11), ((5, 7), 4)
 """Two lengths and that of the check; short ones for models that allow no more."""
@@ -101,6 +107,8 @@ class Axes:
             raise AxisError(self.reason)
         if event in self.refused:
             raise AxisError(self.refused[event])
+        if event not in self._values and any(one.path == event.path for one in self.refused):
+            raise AxisError("how often it runs is not known: the sizes or the numbers decide")
         leaves, structure = self._values[event]
         return pytree.tree_unflatten(map(present, leaves), structure)
 
@@ -138,6 +146,7 @@ class _Hypothesis:
 
     grid: the settings from which formulas are solved; the first is also the one that is repeated.
     checks: settings for a check, of which the first that the model allows is used.
+    windows: further settings, beyond the lengths at which the model changes its masks; used if the model allows them.
     fixed: the axes that are not varied, by their size in the arguments.
     """
 
@@ -145,6 +154,7 @@ class _Hypothesis:
     stand_in: Fakes | Reals
     grid: tuple[Setting, ...]
     checks: tuple[Setting, ...]
+    windows: tuple[Setting, ...]
     fixed: Mapping[str, int]
 
     def __str__(self) -> str:
@@ -160,15 +170,17 @@ class _Inference:
         self.stand_ins: list[Fakes | Reals] = [Fakes(module, args, kwargs)]
         if has_weights(module):
             self.stand_ins.append(Reals())
+        elif sum(parameter.numel() for parameter in module.parameters()) <= _FEW_WEIGHTS:
+            self.stand_ins.append(Reals(draws=True))
 
     def axes(self, inputs: InputAxes) -> Axes:
         """The axes by the first hypothesis that holds."""
-        reasons: list[str] = []
+        reasons: dict[str, None] = {}  # in order, each once
         for hypothesis in self._hypotheses(inputs):
             try:
                 found = self._tested(hypothesis)
             except Exception as error:  # whatever the model raises: it is the reason for what is tried next
-                reasons.append(f"{hypothesis}: {_first_line(error)}")
+                reasons[f"{hypothesis}: {_first_line(error)}"] = None
                 continue
             reason = "; ".join([*reasons, found.uncut] if found.uncut else reasons)
             how, fixed = hypothesis.stand_in.how, hypothesis.fixed
@@ -189,7 +201,14 @@ class _Inference:
             for stand_in, (some_tokens, checked_tokens) in itertools.product(self.stand_ins, lengths):
                 grid = tuple(itertools.product(some_rows, some_tokens))
                 checks = tuple((number, checked_tokens) for number in checked_rows) if held.names else ()
-                yield _Hypothesis(held, stand_in, grid, checks, fixed)
+                beyond = self._beyond(stand_in, some_tokens) if "tokens" in held.names else ()
+                yield _Hypothesis(held, stand_in, grid, checks, beyond, fixed)
+
+    def _beyond(self, stand_in: Fakes | Reals, lengths: tuple[int, ...]) -> tuple[Setting, ...]:
+        """One row of more tokens than each window longer than all lengths, of fewer than each that is shorter."""
+        longest = _LONGEST[stand_in.how]
+        longer = [(1, window + 1) for window in windows(self.module) if max(lengths) < window <= longest]
+        return *longer, *((1, window - 1) for window in windows(self.module) if window <= min(lengths))
 
     def _tested(self, hypothesis: _Hypothesis) -> _Found:
         """Raises what the model raises; `_RefutedError` where nothing that it returns has rows."""
@@ -202,13 +221,14 @@ class _Inference:
         return replace(self._found(hypothesis, None), uncut=uncut)
 
     def _found(self, hypothesis: _Hypothesis, cut: Cut | None) -> _Found:
-        shadow = _template(self.module, hypothesis.stand_in, cut)
+        # One shadow is copied for each run, so that what a run leaves in it is not seen by the next.
+        shadow = shadowed(self.module, hypothesis.stand_in, cut.left_out(self.module) if cut else frozenset())
         grid = {setting: self._run(shadow, hypothesis, setting) for setting in hypothesis.grid}
-        checks = self._check(shadow, hypothesis)
+        checks = self._checks(shadow, hypothesis)
         first = hypothesis.grid[0]
         if cut is not None:
-            deeper = self._run(_template(self.module, hypothesis.stand_in, cut, more=1), hypothesis, first)
-            _require_agreement(grid[first], deeper, cut)
+            deeper = shadowed(self.module, hypothesis.stand_in, cut.left_out(self.module, more=1))
+            _require_agreement(grid[first], self._run(deeper, hypothesis, first), cut)
         repeats = [self._run(shadow, hypothesis, first, again=True)] if hypothesis.axes.names else []
         values, refused = solved(grid | checks, repeats)
         root = Event("", "output", 0)
@@ -218,14 +238,18 @@ class _Inference:
             values, refused = _expanded(values, cut), _expanded(refused, cut)
         return _Found(values, refused, cut.kept if cut else {})
 
-    def _check(self, shadow: nn.Module, hypothesis: _Hypothesis) -> dict[Setting, Record]:
-        """The run at the first of the settings for checks that the model allows; none where there are none."""
-        for setting in hypothesis.checks[:-1]:
-            try:
-                return {setting: self._run(shadow, hypothesis, setting)}
-            except Exception:  # a model that takes no single row: the last setting is the one that decides
-                continue
-        return {setting: self._run(shadow, hypothesis, setting) for setting in hypothesis.checks[-1:]}
+    def _checks(self, shadow: nn.Module, hypothesis: _Hypothesis) -> dict[Setting, Record]:
+        """Runs at other settings: the first check that the model allows, and beyond its windows where allowed."""
+        found: dict[Setting, Record] = {}
+        for settings in (hypothesis.checks, *((setting,) for setting in hypothesis.windows)):
+            for setting in settings:
+                try:
+                    found[setting] = self._run(shadow, hypothesis, setting)
+                    break
+                except Exception:  # what a model does not allow in these runs, it does not allow in any
+                    if hypothesis.checks[-1:] == (setting,):
+                        raise
+        return found
 
     def _run(self, shadow: nn.Module, hypothesis: _Hypothesis, setting: Setting, again: bool = False) -> Record:
         """One forward, on a copy of the shadow; `again` for other numbers and a mask that hides a token."""
@@ -233,24 +257,12 @@ class _Inference:
         if hypothesis.axes.names:
             sampler = Sampler(self.module, self.args, self.kwargs, hypothesis.axes)
             seed = 1000 * setting[0] + 2 * setting[1] + again
-            args, kwargs = sampler.sample(*setting, seed, padded=again, device=stand_in.device)
+            inputs = sampler.sample(*setting, seed, padded=again)
         else:  # nothing varies: the arguments themselves are most likely to be such as the model takes
-            args, kwargs = self._given(stand_in.device)
-        with stand_in.on_real_inputs():
+            inputs = pytree.tree_map(_copied, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, stand_in.as_input, inputs)
+        with stand_in.running_on_numbers():
             return record(shadowed(shadow, stand_in), args, kwargs)
-
-    def _given(self, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def placed(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return copy.deepcopy(leaf)
-            return (
-                torch.zeros_like(leaf, device=device or leaf.device)
-                if leaf.is_meta
-                else leaf.detach().to(device).clone()
-            )
-
-        args, kwargs = pytree.tree_map(placed, (self.args, self.kwargs))
-        return args, kwargs
 
 
 @final
@@ -264,12 +276,10 @@ class _Found:
     uncut: str = ""
 
 
-def _template(module: nn.Module, stand_in: Fakes | Reals, cut: Cut | None, more: int = 0) -> nn.Module:
-    """A shadow that is copied for each run, so that what one run leaves in it is not seen by the next."""
-    shadow = shadowed(module, stand_in)
-    if cut is not None:
-        cut.apply(shadow, more)
-    return shadow
+def _copied(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return copy.deepcopy(leaf)
+    return torch.zeros(leaf.shape, dtype=leaf.dtype) if leaf.is_meta else leaf.detach().clone()
 
 
 def _require_agreement(one: Record, deeper: Record, cut: Cut) -> None:

@@ -21,6 +21,8 @@ from nnsight_compiler.runtime.shadow import is_transformers
 _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 """What a config of transformers calls its number of layers; names of its own (`n_layer`) are mapped to these."""
 
+_WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")
+
 _Plain = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -36,12 +38,14 @@ class Cut:
     kept: Mapping[str, int]
     represented: Mapping[str, str]
 
-    def apply(self, shadow: nn.Module, more: int = 0) -> None:
-        """Leaves out the layers of a shadow, but so many more of each list."""
-        for path, kept in self.kept.items():
-            layers: Any = shadow.get_submodule(path)
-            for name in list(layers._modules)[kept + more :]:
-                del layers._modules[name]
+    def left_out(self, module: nn.Module, more: int = 0) -> frozenset[nn.Module]:
+        """The layers that are left out of a model when each list keeps so many more."""
+        return frozenset(
+            layer
+            for path, kept in self.kept.items()
+            for layer in list(module.get_submodule(path)._modules.values())[kept + more :]
+            if layer is not None
+        )
 
     def layer_of(self, path: str) -> str | None:
         """The layer of a cut list that a path is in or below; `None` for any other path."""
@@ -56,20 +60,32 @@ class Cut:
         return self.represented.get(layer, layer) + path[len(layer) :] if layer else path
 
 
+def _configs(module: nn.Module) -> list[Any]:
+    """The configs that the modules hold, each once."""
+    found = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    return list(found.values())
+
+
+def windows(module: nn.Module) -> frozenset[int]:
+    """The lengths from which on a model of transformers attends to a part of the tokens only: it builds other masks."""
+    values = {getattr(config, name, None) for config in _configs(module) for name in _WINDOWS}
+    return frozenset(value for value in values if isinstance(value, int) and value > 1)
+
+
 def plan_cut(module: nn.Module) -> Cut | None:
     """How to cut a model; `None` where nothing would be gained or nothing is known of its layers."""
     if not is_transformers(module):
         return None
     kept: dict[str, int] = {}
     represented: dict[str, str] = {}
-    configs = [part.config for part in module.modules() if hasattr(part, "config")]
+    configs = _configs(module)
     counts = {getattr(config, name, None) for config in configs for name in _COUNTS}
     for path, layers in _lists(module):
-        if len(layers) not in counts:
+        if len(layers) not in counts or len(set(layers)) < len(layers):
             continue
         kinds = _kinds(layers, configs)
         keep = max(_second(kinds, kind) for kind in set(kinds)) + 1
-        if keep + 1 <= len(layers) // 2:
+        if 2 * keep <= len(layers) > keep:
             kept[path] = keep
             last = {kind: index for index, kind in enumerate(kinds[:keep])}
             represented |= {f"{path}.{i}": f"{path}.{last[kinds[i]]}" for i in range(keep, len(layers))}

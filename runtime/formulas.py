@@ -9,22 +9,11 @@ from typing import Any, final
 import torch
 
 from nnsight_compiler.runtime.extent import Extent, solve
-from nnsight_compiler.runtime.forward_record import Leaves, Other, Plain, Record, Seen
+from nnsight_compiler.runtime.forward_record import Leaves, Other, Record, Seen
 from nnsight_compiler.runtime.observe import Event
 
 Setting = tuple[int, int]
 """A number of rows and a number of tokens."""
-
-
-@final
-@dataclass(frozen=True, slots=True, repr=False)
-class Opaque:
-    """Stands for a part of a value of which nothing can be told before the run; says why."""
-
-    reason: str
-
-    def __repr__(self) -> str:
-        return f"? ({self.reason})"
 
 
 @final
@@ -48,6 +37,21 @@ class TensorAxes:
     def __repr__(self) -> str:
         shape = (f"{extent} (shared)" if i in self.shared else str(extent) for i, extent in enumerate(self.shape))
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(shape)}]"
+
+
+@final
+@dataclass(frozen=True, slots=True, repr=False)
+class Opaque:
+    """Stands for a part of a value of which nothing can be told before the run; says why.
+
+    sometimes: what it is where it is a tensor, if that is known.
+    """
+
+    reason: str
+    sometimes: TensorAxes | None = None
+
+    def __repr__(self) -> str:
+        return f"? ({self.reason})" if self.sometimes is None else f"? ({self.sometimes}; {self.reason})"
 
 
 def solved(runs: Mapping[Setting, Record], repeats: Iterable[Record]) -> tuple[dict[Event, Leaves], dict[Event, str]]:
@@ -89,39 +93,38 @@ def same(one: Leaves, other: Leaves) -> bool:
 
 def _leaf(seen: Mapping[Setting, object], again: list[object]) -> Any:
     everything = [*seen.values(), *again]
-    match everything[0]:
-        case Seen(dtype, shape) as first if all(
-            isinstance(one, Seen) and (one.dtype, len(one.shape)) == (dtype, len(shape)) for one in everything
-        ):
-            if not all(_equal(first, one) for one in again):
-                return Opaque("its shape depends on the numbers in the inputs")
-            extents = [
-                solve({setting: one.shape[i] for setting, one in seen.items() if isinstance(one, Seen)})
-                for i in range(len(shape))
-            ]
-            if None in extents:
-                sizes = ", ".join(
-                    f"{list(one.shape)} at {rows} x {tokens}"
-                    for (rows, tokens), one in seen.items()
-                    if isinstance(one, Seen)
-                )
-                return Opaque(f"its sizes are no whole multiples of rows and tokens: {sizes}")
-            return TensorAxes(dtype, tuple(one for one in extents if one is not None), _shared(list(seen.values())))
-        case Other(class_name) if all(one == everything[0] for one in everything):
-            return Opaque(f"a {class_name}")
-        case first if isinstance(first, Plain) and all(_equal(first, one) for one in everything):
-            return first
+    first = everything[0]
     kinds = sorted({_kind(one) for one in everything})
+    if kinds == ["a tensor"]:
+        return _tensor({setting: one for setting, one in seen.items() if isinstance(one, Seen)}, again)
     if len(kinds) > 1:
-        return Opaque(f"{' or '.join(kinds)}: the sizes or the numbers decide")
-    return Opaque(f"{kinds[0]} that depends on the sizes or the numbers")
+        tensors = {setting: one for setting, one in seen.items() if isinstance(one, Seen)}
+        sometimes = _tensor(tensors, []) if len(tensors) > len(seen) // 2 else None
+        known = sometimes if isinstance(sometimes, TensorAxes) else None
+        return Opaque(f"{' or '.join(kinds)}: the sizes or the numbers decide", known)
+    if isinstance(first, Other):
+        return Opaque(kinds[0])
+    return first if all(_equal(first, one) for one in everything) else Opaque(f"{kinds[0]} that is not always the same")
 
 
-def _shared(seen: list[object]) -> frozenset[int]:
+def _tensor(seen: Mapping[Setting, Seen], again: list[object]) -> TensorAxes | Opaque:
+    first = next(iter(seen.values()))
+    if any((one.dtype, len(one.shape)) != (first.dtype, len(first.shape)) for one in seen.values()):
+        return Opaque("a tensor whose dtype or number of dimensions is not always the same")
+    if not all(_equal(first, one) for one in again):
+        return Opaque("its shape depends on the numbers in the inputs")
+    extents = [solve({setting: one.shape[i] for setting, one in seen.items()}) for i in range(len(first.shape))]
+    shape = tuple(extent for extent in extents if extent is not None)
+    if len(shape) < len(extents):
+        sizes = ", ".join(f"{list(one.shape)} at {rows} x {tokens}" for (rows, tokens), one in seen.items())
+        return Opaque(f"its sizes are no whole multiples of rows and tokens: {sizes}")
+    return TensorAxes(first.dtype, shape, _shared(list(seen.values())))
+
+
+def _shared(seen: list[Seen]) -> frozenset[int]:
     """The dimensions that are one in memory in each run in which they have more than one entry."""
-    runs = [one for one in seen if isinstance(one, Seen)]
-    somewhere = frozenset().union(*(one.shared for one in runs))
-    return frozenset(i for i in somewhere if all(i in one.shared or one.shape[i] == 1 for one in runs))
+    somewhere = frozenset[int]().union(*(one.shared for one in seen))
+    return frozenset(i for i in somewhere if all(i in one.shared or one.shape[i] == 1 for one in seen))
 
 
 def _equal(one: object, other: object) -> bool:

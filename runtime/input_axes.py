@@ -128,15 +128,8 @@ class Sampler:
     kwargs: Mapping[str, Any]
     axes: InputAxes
 
-    def sample(
-        self, rows: int, tokens: int, seed: int, padded: bool, device: torch.device | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments with that many rows and tokens.
-
-        Args:
-            padded: whether an attention mask hides the first token of the first row.
-            device: where the tensors go; where those given are, if it is `None`.
-        """
+    def sample(self, rows: int, tokens: int, seed: int, padded: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments with that many rows and tokens; `padded` if an attention mask is to hide a token."""
         generator = torch.Generator().manual_seed(seed)
         sizes = {"rows": rows, "tokens": tokens}
         parameters = _positional(self.module)
@@ -152,7 +145,7 @@ class Sampler:
             tensor = self._tensor(name, leaf, shape, names, generator)
             if padded and name == "attention_mask" and leaf.dim() == 2:
                 tensor[0, 0] = 0
-            made.append(tensor.to(device or leaf.device))
+            made.append(tensor if leaf.is_meta else tensor.to(leaf.device))
         _, structure = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
         args, kwargs = pytree.tree_unflatten(made, structure)
         return args, kwargs

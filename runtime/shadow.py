@@ -8,10 +8,12 @@ long as it is fake; a real one keeps accelerate's, since they bring the weights.
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CellType, FunctionType
 from typing import Any
@@ -51,61 +53,99 @@ class Fakes:
     def running(self) -> AbstractContextManager[Any]:
         return self.mode
 
-    def on_real_inputs(self) -> AbstractContextManager[Any]:
-        """For forwards whose inputs stay real: what is computed of them alone is real too, all else is fake."""
-        return _NoFakesIntoReals()  # type: ignore[no-untyped-call]
+    @contextmanager
+    def running_on_numbers(self) -> Iterator[None]:
+        """For forwards whose inputs are real where they are whole numbers or truth values: what a model computes of
+        these alone, such as whether a mask hides anything, has numbers; all else is fake."""
+        logger, quiet = logging.getLogger(FakeTensorMode.__module__), _Quiet()
+        logger.addFilter(quiet)
+        try:
+            with _NewFloatsAreFake(self):
+                yield
+        finally:
+            logger.removeFilter(quiet)
+
+    def as_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What stands for an input in such a forward."""
+        return self(tensor) if tensor.is_floating_point() or tensor.is_complex() else tensor.to(self.device)
 
 
 class Reals:
-    """Shares the parameters and copies every other tensor."""
+    """Shares the parameters and copies every other tensor. Where it `draws`, weights that are not loaded are random."""
 
     how: OneOf["fake", "real"] = "real"
-    device: torch.device | None = None
+
+    def __init__(self, draws: bool = False) -> None:
+        self.draws = draws
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta and self.draws:
+            drawn = torch.randn(tensor.shape).to(tensor.dtype)
+            return nn.Parameter(drawn, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else drawn
         return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
     def running(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def on_real_inputs(self) -> AbstractContextManager[Any]:
+    def running_on_numbers(self) -> AbstractContextManager[Any]:
         """For forwards whose inputs are real."""
         return nullcontext()
 
+    def as_input(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What stands for an input in such a forward."""
+        return tensor
 
-class _NoFakesIntoReals(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to write a fake into a real tensor, which would go on with numbers that nothing computed."""
+
+class _NewFloatsAreFake(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Makes fakes of new floating-point tensors, which models fill later. What is computed of whole numbers and truth
+    values stays real until it meets a fake."""
+
+    def __init__(self, fakes: Fakes) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fakes = fakes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            named = {
-                argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)
-            } | kwargs
-            written = [
-                named[argument.name]
-                for argument in func._schema.arguments
-                if argument.alias_info is not None and argument.alias_info.is_write and argument.name in named
-            ]
-            real = any(not isinstance(tensor, FakeTensor) for tensor in tensors_in(written))
-            if real and any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
-                raise NotImplementedError(f"{func} writes a tensor without numbers into one with numbers")
-        return func(*args, **kwargs)
+            self._refuse_mixing(func, args, kwargs)
+        made = func(*args, **kwargs)
+        new = isinstance(made, torch.Tensor) and next(tensors_in((args, kwargs)), None) is None
+        return self.fakes(made) if new and (made.is_floating_point() or made.is_complex()) else made
+
+    @staticmethod
+    def _refuse_mixing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses to write a fake into a real tensor, which would go on with numbers that nothing computed."""
+        arguments = func._schema.arguments
+        named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+        written = [
+            named.get(argument.name) for argument in arguments if argument.alias_info and argument.alias_info.is_write
+        ]
+        real = any(not isinstance(tensor, FakeTensor) for tensor in tensors_in(written))
+        if real and any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
+            raise NotImplementedError(f"{func} writes a tensor without numbers into one with numbers")
 
 
-def shadowed(module: nn.Module, stand_in: Fakes | Reals) -> nn.Module:
-    """A shadow with stand-ins for all tensors that the modules hold."""
+class _Quiet(logging.Filter):
+    """Drops what torch logs when an operation has no shapes for fakes: that is raised too, and told by who asked."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread != threading.get_ident()
+
+
+def shadowed(module: nn.Module, stand_in: Fakes | Reals, without: Set[nn.Module] = frozenset()) -> nn.Module:
+    """A shadow with stand-ins for all tensors that the modules hold, and `without` some of the modules."""
     memo: dict[int, Any] = {}
-    for tensor in tensors_of(module):
+    for tensor in tensors_of(module, without):
         if id(tensor) not in memo:
             memo[id(tensor)] = stand_in(tensor)
-    return shadow_of(module, memo, fake=stand_in.how == "fake")
+    return shadow_of(module, memo, stand_in.how == "fake", without)
 
 
-def shadow_of(module: nn.Module, memo: dict[int, Any], fake: bool) -> nn.Module:
-    """A deep copy whose tensors come from `memo`, without the user's hooks."""
+def shadow_of(module: nn.Module, memo: dict[int, Any], fake: bool, without: Set[nn.Module] = frozenset()) -> nn.Module:
+    """A deep copy whose tensors come from `memo`, without the user's hooks, and `without` some of the modules."""
+    holders: list[tuple[nn.Module, dict[str, Any]]] = []
     for part in module.modules():
         for name in _HOOKS:
             if name in vars(part):
@@ -117,7 +157,14 @@ def shadow_of(module: nn.Module, memo: dict[int, Any], fake: bool) -> nn.Module:
             for shared in ("weights_map", "tied_params_map"):  # all of the model's weights: not to be copied
                 if getattr(one, shared, None) is not None:
                     memo[id(getattr(one, shared))] = getattr(one, shared)
+        if not without.isdisjoint(part.children()):
+            holders.append((part, {}))
+            memo[id(part._modules)] = holders[-1][1]
     shadow = copy.deepcopy(module, memo)
+    for part, remaining in holders:
+        remaining.update(
+            {name: copy.deepcopy(child, memo) for name, child in part._modules.items() if child not in without}
+        )
     for part in shadow.modules():
         if fake and "_old_forward" in vars(part):  # accelerate's way of wrapping a forward
             part.forward = vars(part)["_old_forward"]
@@ -155,11 +202,16 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             return
 
 
-def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    """The parameters, buffers and other tensors that the modules hold."""
-    for part in module.modules():
-        for value in vars(part).values():
-            yield from tensors_in(value)
+def tensors_of(module: nn.Module, without: Set[nn.Module] = frozenset()) -> Iterator[torch.Tensor]:
+    """The parameters, buffers and other tensors that the modules hold, but for some modules and what is below them."""
+    waiting, seen = [module], set(without)
+    while waiting:
+        part = waiting.pop()
+        if part not in seen:
+            seen.add(part)
+            waiting.extend(part.children())
+            for value in vars(part).values():
+                yield from tensors_in(value)
 
 
 def has_weights(module: nn.Module) -> bool:

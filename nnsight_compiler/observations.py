@@ -1,0 +1,52 @@
+"""What was found out about a wrapped model, kept as long as the model lives."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from nnsight_compiler.runtime.axes import Axes, infer_axes
+from nnsight_compiler.runtime.input_axes import InputAxes, input_axes, places
+
+_axes: WeakKeyDictionary[Any, dict[Any, Axes]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def axes_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Axes, int, int]:
+    """The axes of every value of a wrapped model's forward, and how many rows and tokens these inputs have.
+
+    Found once for each kind of input: prompts of other numbers of rows and tokens are of the same kind. The inputs are
+    those of `trace`; weights are not loaded for it.
+    """
+    args, kwargs = model._prepare(args, dict(kwargs))
+    module = model._module
+    inputs = input_axes(module, args, kwargs)
+    rows, tokens = inputs.sizes(args, kwargs)
+    kind = tuple((place, _kind(leaf, place, inputs)) for place, leaf in places(args, kwargs))
+    key = (tuple(map(id, module.modules())), module.training, kind)
+    with _lock:
+        held = _axes.setdefault(model._root, {})
+        found = held.get((key, rows, tokens)) or held.get(key)
+        if found is None or not _holds(found, rows, tokens):
+            found = infer_axes(module, args, kwargs, inputs)
+            held[(key, rows, tokens) if found.fixed else key] = found
+        return found, rows, tokens
+
+
+def _holds(axes: Axes, rows: int, tokens: int) -> bool:
+    return axes.fixed.get("rows", rows) == rows and axes.fixed.get("tokens", tokens) == tokens
+
+
+def _kind(leaf: Any, place: str, inputs: InputAxes) -> Any:
+    """What of an input may decide shapes: of a tensor the dtype and the sizes that are neither rows nor tokens."""
+    if isinstance(leaf, torch.Tensor):
+        names = inputs.dims.get(place, ())
+        names = names + (None,) * (leaf.dim() - len(names))
+        return leaf.dtype, tuple(name or int(size) for name, size in zip(names, leaf.shape, strict=True))
+    if isinstance(leaf, (bool, int, float, str, type(None))):
+        return type(leaf).__name__, leaf
+    return type(leaf).__name__
