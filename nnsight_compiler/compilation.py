@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import CellType, FunctionType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +27,9 @@ from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
+
+if TYPE_CHECKING:
+    from nnsight_compiler.check import Checker
 
 PASSES = (
     "specialise",
@@ -92,20 +95,22 @@ def lower_program(
     globals_: Mapping[str, Any],
     closure: Mapping[str, CellType],
     observer: Observer | None = None,
+    checker: Checker | None = None,
 ) -> Specialised:
-    """Runs the passes for the arguments of one call."""
+    """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     subject = Subject(arguments, globals_, closure, _helper, save)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 
     def specialised(source: Program) -> Program:
-        result.append(specialise(source, subject))
+        result.append((specialise if checker is None else checker.specialise)(source, subject))
         return result[0].program
 
     def order(forward: ops.Forward) -> Order:
         name = forward.result.name
         if name not in orders:
-            orders[name] = observed(result[0].models[name], result[0].inputs[name])
+            model, inputs = result[0].models[name], result[0].inputs[name]
+            orders[name] = observed(model, inputs) if checker is None else checker.order(forward, model, inputs)
         return orders[name]
 
     def dead(source: Program) -> Program:
@@ -122,7 +127,7 @@ def lower_program(
         copy_on_save,
     )
     passes = [NamedPass(name, step) for name, step in zip(PASSES, steps, strict=True)]
-    final_program = run_passes(program, passes, observer=observer)
+    final_program = run_passes(program, passes, observer=observer, refused=None if checker is None else checker.refused)
     first = result[0]
     guards = first.guards
     if len(list(forwards(final_program.body))) < len(first.models):

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import CellType, FunctionType, MethodType
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from nnsight_compiler.compilation import PASSES, Compiled, compile_program, lower_program
 from nnsight_compiler.frontend import lower_function, lower_source
@@ -20,6 +20,9 @@ from nnsight_compiler.ir.errors import CompileError
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
+
+if TYPE_CHECKING:
+    from nnsight_compiler.check import Report
 
 _texts = itertools.count()
 """Numbers the texts given to `from_source`."""
@@ -180,6 +183,16 @@ class Experiment:
         values = self._bind(*args, **kwargs)
         cache = self._held()
         return cache.get(values, dict(zip(cache.names, values, strict=True)))
+
+    def check(self, *args: Any, **kwargs: Any) -> Report:
+        """What is wrong with the experiment, as far as it can be told without weights and without running anything.
+
+        The arguments are as in a call; any may be left out, and what depends on them is then not checked. The model, as
+        the first argument or by its name, may also be a name, a folder, or a configuration of transformers.
+        """
+        from nnsight_compiler.check import check_call  # it is built on this module
+
+        return check_call(self._signature, self.ir, self._held().globals, self._held().closure, args, kwargs)
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and size of the cache of compiled programs."""
