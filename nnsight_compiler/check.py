@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from linecache import getlines
 from pathlib import Path
 from types import CellType
 from typing import Any, TypeVar, final
@@ -22,8 +23,10 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.models import LanguageModel, NNsight
 from nnsight_compiler.models.language import weights_withheld
+from nnsight_compiler.passes.check_names import bound_names, check_names
 from nnsight_compiler.passes.check_unused_values import UnusedValueWarning
 from nnsight_compiler.passes.interpretation import Subject
+from nnsight_compiler.passes.manager import PassResult
 from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.specialise import Specialised
 from nnsight_compiler.passes.survey import Unchecked, UncheckedError, survey
@@ -172,9 +175,18 @@ def check_program(
 ) -> Report:
     """Checks a program for these arguments. No weights are loaded, and nothing of it is run."""
     checker = Checker()
+    left: dict[str, Program] = {}
+
+    def observe(result: PassResult) -> None:
+        left[result.name] = result.program
+
     with warnings.catch_warnings(record=True) as caught, weights_withheld():
         warnings.simplefilter("always", UnusedValueWarning)
-        lower_program(program, arguments, globals_, closure, checker=checker)
+        lower_program(program, arguments, globals_, closure, observe, checker)
+    try:
+        check_names(left.get("infer", left["specialise"]), globals_, bound_names("".join(getlines(program.span.file))))
+    except CompileError as error:
+        checker.refused(error)
     warned = []
     for each in caught:
         if not issubclass(each.category, UnusedValueWarning):

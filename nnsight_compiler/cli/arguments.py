@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,10 +74,12 @@ def load_model(name: str, weights: bool) -> object:
 
     try:
         source = _smollm2() if name == "smollm2" else name
-        return LanguageModel(source, dispatch=weights)
+        model = LanguageModel(source, dispatch=weights)
     except ModelError as error:
         way_out = "try --model tiny, which needs no download, --model smollm2, or a folder that holds a model"
         raise RefusalError(f"the model {name} cannot be loaded: {error}", way_out) from error
+    gc.enable()  # `main` turned it off; nothing large is imported from here on
+    return model
 
 
 def _smollm2() -> Path:
