@@ -27,9 +27,11 @@ from nnsight_compiler.passes.check_names import bound_names, check_names
 from nnsight_compiler.passes.check_unused_values import UnusedValueWarning
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import PassResult
+from nnsight_compiler.passes.shapes import Extent
 from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.specialise import Specialised
 from nnsight_compiler.passes.survey import Unchecked, UncheckedError, survey
+from nnsight_compiler.shapes import Inputs, extent_of
 
 Placed = TypeVar("Placed", Diagnostic, Unchecked)
 MODEL = "model"
@@ -119,7 +121,14 @@ class Checker:
             self.unchecked += error.unchecked
         self.diagnostics += error.diagnostics
 
-    def order(self, forward: ops.Forward, model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Order:
+    def extent(self, model: Any, inputs: Inputs | None) -> Extent | None:
+        """The shapes in a forward; `None` where the model cannot be observed, which `order` says why."""
+        try:
+            return extent_of(model, inputs)
+        except Exception:  # the model's own code, the tokenizer's, torch's
+            return None
+
+    def order(self, forward: ops.Forward, model: Any, inputs: Inputs | None) -> Order:
         """The order of a forward's sites, observed without weights.
 
         Raises:
@@ -140,7 +149,7 @@ class Checker:
         raise UncheckedError(Unchecked(forward.span, f"in which order modules run here: {reason}"))
 
 
-def _runs(model: Any, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> bool:
+def _runs(model: Any, example: Inputs | None) -> bool:
     """Whether a model can be observed on its own example; where it has none, whether it has all that a run needs."""
     if example is None:
         return not any(parameter.is_meta for parameter in model._module.parameters())
@@ -218,7 +227,7 @@ class Configured(LanguageModel):
     """A language model of which only the configuration is known: how text becomes tokens is not told."""
 
 
-def _is_untold(model: Any, given: tuple[tuple[Any, ...], dict[str, Any]] | None) -> bool:
+def _is_untold(model: Any, given: Inputs | None) -> bool:
     """Whether the tokens of an input cannot be known."""
     if given is None or not isinstance(model, Configured):
         return given is None

@@ -13,6 +13,7 @@ import torch
 
 from nnsight_compiler.frontend import lower_function
 from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.errors import CompileError, joined
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.check_unused_values import check_unused_values
@@ -20,19 +21,23 @@ from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
 from nnsight_compiler.passes.facts import Guard
+from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
+from nnsight_compiler.shapes import Inputs, extent_of
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Checker
 
 PASSES = (
     "specialise",
+    "infer",
     "check_sites",
     "check_unused_values",
     "eliminate_dead_saves",
@@ -98,6 +103,7 @@ def lower_program(
     checker: Checker | None = None,
 ) -> Specialised:
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
+    surroundings = Surroundings(arguments, globals_, closure)
     subject = Subject(arguments, globals_, closure, _helper, save)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
@@ -106,12 +112,21 @@ def lower_program(
         result.append((specialise if checker is None else checker.specialise)(source, subject))
         return result[0].program
 
+    def at(forward: ops.Forward) -> tuple[Any, Inputs | None]:
+        name = forward.result.name
+        return result[0].models[name], result[0].inputs[name]
+
     def order(forward: ops.Forward) -> Order:
         name = forward.result.name
         if name not in orders:
-            model, inputs = result[0].models[name], result[0].inputs[name]
-            orders[name] = observed(model, inputs) if checker is None else checker.order(forward, model, inputs)
+            orders[name] = observed(*at(forward)) if checker is None else checker.order(forward, *at(forward))
         return orders[name]
+
+    def inferred(source: Program) -> Program:
+        try:
+            return infer(source, surroundings, lambda op: (extent_of if checker is None else checker.extent)(*at(op)))
+        except CompileError as error:
+            raise joined(error, lambda: check_sites(source, order)) from None
 
     def dead(source: Program) -> Program:
         training = any(model._module.training for model in result[0].models.values())
@@ -119,6 +134,7 @@ def lower_program(
 
     steps: tuple[Callable[[Program], Program], ...] = (
         specialised,
+        inferred,
         lambda source: check_sites(source, order),
         check_unused_values,
         dead,

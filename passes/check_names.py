@@ -59,7 +59,7 @@ def check_names(program: Program, globals_: Mapping[str, Any], bound: Collection
 
 
 def bound_names(text: str) -> frozenset[str] | None:
-    """The names that a module binds at its top level, or anywhere as a global; `None` for no text, or none of Python's."""
+    """The names that a module binds at its top level, or anywhere as a global; `None` without a text of Python's."""
     try:
         top = symtable.symtable(text, "<names>", "exec") if text else None
     except SyntaxError:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Argument, Op
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.traverse import defined, regions
+from nnsight_compiler.ir.traverse import defined
 from nnsight_compiler.ir.types import TensorType
 from nnsight_compiler.ir.values import Literal, Operand, Slice, Tuple, Value
 from nnsight_compiler.passes.behaviour import EVERY, KnownCall, Place
@@ -31,9 +31,6 @@ class Origins:
         self.iterators: set[Root] = set()
         self._tensors: set[str] = set()
         self._from_model: set[str] = set()
-        for parameter in program.parameters:
-            if isinstance(parameter.value.type, TensorType):
-                self._tensors.add(parameter.value.name)
         for op in program.walk():
             self._classify(op)
 
@@ -92,13 +89,12 @@ class Origins:
         """Records definitions, closures, and which values are tensors for certain or come from the model."""
         for value in defined(op):
             self.definitions[value.name] = op
-            if isinstance(value.type, TensorType):
-                self._tensors.add(value.name)
-        for region in regions(op):
-            self._tensors |= {value.name for value in region.parameters if isinstance(value.type, TensorType)}
         match op:
             case ops.Read(result=result) | ops.Grad(result=result):
                 self._from_model.add(result.name)
+                # What stands at a site is the model's; the types of other values may rest on arguments of one call.
+                if isinstance(result.type, TensorType):
+                    self._tensors.add(result.name)
             case ops.Closure(result=result):
                 self.closures[Fresh(result.name)] = op
             case ops.Item(result=result, object=base, index=index):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nnsight_compiler.ir.errors import RunError
+from nnsight_compiler.passes.assignments import described, misfit
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -42,28 +43,17 @@ def replaced(old: Any, new: Any, where: str) -> Any:
     Raises:
         RunError: the new value does not fit what the model goes on with; `where` names the line.
     """
+    wrong = misfit(old, new)
+    if wrong is not None:
+        reason, way_out = wrong
+        raise RunError(f"{where}: {reason}" + (f"\n  way out: {way_out}" if way_out else ""))
     if not isinstance(old, torch.Tensor):
-        if isinstance(new, (torch.Tensor, int, float, complex)):
-            items = _names(old)
-            raise RunError(
-                f"{where}: the module gives {_described(old)}, which one value cannot replace\n"
-                f"  way out: assign one of its items ({items}), or a whole {type(old).__name__}"
-            )
-        if isinstance(old, tuple) and isinstance(new, (tuple, list)) and len(old) != len(new):
-            raise RunError(f"{where}: the module gives a tuple of {len(old)}, but {len(new)} values are assigned")
         return new
     if isinstance(new, torch.Tensor):
-        if new.shape != old.shape and new.ndim:
-            raise RunError(
-                f"{where}: a tensor of shape {list(new.shape)} is assigned where the module gives {list(old.shape)}\n"
-                "  way out: write to a part of it in place (`[…] = …`, which broadcasts), or make the shapes equal"
-            )
         if not new.ndim and old.ndim:
             new = new.expand(old.shape).clone()
         return moved(new, old)
-    if isinstance(new, (bool, int, float, complex)):
-        return torch.full_like(old, new)
-    raise RunError(f"{where}: {_described(new)} is assigned where the module gives a tensor of shape {list(old.shape)}")
+    return torch.full_like(old, new)
 
 
 def moved(new: torch.Tensor, site: torch.Tensor) -> torch.Tensor:
@@ -83,7 +73,7 @@ def replaced_all(value: Arguments, new: Any, where: str) -> Arguments:
     if isinstance(new, tuple) and len(new) == 2 and isinstance(new[0], (tuple, list)) and isinstance(new[1], dict):
         return tuple(new[0]), new[1]
     raise RunError(
-        f"{where}: `.inputs` is a pair of positional and keyword arguments, not {_described(new)}\n"
+        f"{where}: `.inputs` is a pair of positional and keyword arguments, not {described(new)}\n"
         "  way out: assign `((first, second), {})`, or `.input` for the first argument alone"
     )
 
@@ -164,19 +154,3 @@ def holds_tensor(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(holds_tensor, value.values()))
     return isinstance(value, (tuple, list)) and any(map(holds_tensor, value))
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"a tuple of {len(value)}"
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def _names(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"`[{name!r}]`" for name in value)
-    if isinstance(value, (tuple, list)):
-        return ", ".join(f"`[{index}]`" for index in range(len(value)))
-    return "none"

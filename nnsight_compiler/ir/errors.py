@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -50,6 +50,16 @@ class CompileError(ExperimentError):
     def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
         self.diagnostics = tuple(diagnostics)
         super().__init__("\n".join(map(str, self.diagnostics)))
+
+
+def joined(error: CompileError, check: Callable[[], object]) -> CompileError:
+    """The error with the mistakes that a further check finds, in the order of the source."""
+    try:
+        check()
+    except CompileError as other:
+        found = {each: None for each in (*error.diagnostics, *other.diagnostics)}
+        return CompileError(sorted(found, key=lambda each: (each.span.file, each.span.line, each.span.column)))
+    return error
 
 
 class SourceNotFoundError(ExperimentError):

@@ -90,11 +90,11 @@ class NNsight(ModuleView):
         if elsewhere:
             raise TraceArgumentError(f"`trace` takes no {', '.join(elsewhere)}: experiments run in this process only")
         known = self._keywords()
-        for name in sorted(names) if known is not None else ():
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean `{near[0]}`?" if near else f"it takes: {', '.join(sorted(known))}"
-                raise TraceArgumentError(f"the forward of {self._class_name} takes no `{name}`; {hint}")
+        wrong = [] if known is None else sorted(set(names) - known)
+        if known is not None and wrong:
+            near = get_close_matches(wrong[0], known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"it takes: {', '.join(sorted(known))}"
+            raise TraceArgumentError(f"the forward of {self._class_name} takes no `{wrong[0]}`; {hint}")
 
     @staticmethod
     def _refuse_generation() -> NoReturn:

@@ -1,0 +1,307 @@
+"""Shapes and dtypes of every value in a model's forward, for any number of rows and tokens.
+
+The model runs on a shadow at a few settings of rows and tokens, and the size of each dimension of each tensor that a
+module receives or returns is solved as a formula in the two. One run more than needed is a check, and one on other
+numbers shows what depends on them. Nothing is guessed: a size that no formula in whole numbers gives, a tensor that is
+there in some runs only, a module that does not always run are refused, each with its reason.
+
+The inputs of these runs are real and small, the weights are fakes. So what a model computes of its inputs alone has
+numbers: whether a mask hides anything is decided as in a run, which is not so where all tensors are fakes.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, final
+from typing import Literal as OneOf
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from nnsight_compiler.ir.errors import ExperimentError
+from nnsight_compiler.runtime.cut import Cut, plan_cut
+from nnsight_compiler.runtime.formulas import Opaque, Setting, TensorAxes, same, solved
+from nnsight_compiler.runtime.forward_record import Leaves, Record, record
+from nnsight_compiler.runtime.input_axes import InputAxes, Sampler, input_axes
+from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.shadow import Fakes, Reals, generators_kept, has_weights, shadowed
+
+__all__ = ["AxisError", "Axes", "InputAxes", "Opaque", "TensorAxes", "infer_axes", "input_axes"]
+
+T = TypeVar("T")
+
+_ROWS = (3, 5)
+_ROWS_CHECKED = (1, 2)
+"""The check is at one row, which some models treat specially; at two where the model allows no single one."""
+
+_TOKENS = ((13, 17), 11), ((5, 7), 4)
+"""Two lengths and that of the check; short ones for models that allow no more."""
+
+
+class AxisError(ExperimentError):
+    """A value whose shape cannot be told before the run."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """What one model does on one kind of input.
+
+    refused: the events at which nothing can be told, each with the reason.
+    inputs: which dimensions of the inputs are rows and tokens.
+    how: whether the runs were on fake or real tensors, or on none: then everything is refused.
+    reason: why they could not be fake, and why sizes are fixed.
+    fixed: the axes whose size could not be varied, with the one size for which everything that is told holds.
+    cut: the lists of layers that were cut for the runs, and to how many.
+    """
+
+    refused: Mapping[Event, str]
+    inputs: InputAxes
+    how: OneOf["fake", "real", "none"]
+    reason: str = ""
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, int] = field(default_factory=dict)
+    _values: Mapping[Event, Leaves] = field(default_factory=dict, repr=False)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The events of which something is told, in the order of a forward; those of layers left out come last."""
+        return tuple(self._values)
+
+    def types(self, path: str, port: OneOf["input", "output"], call: int = 0) -> Any:
+        """What stands at an event, in its own structure, each tensor as a `TensorAxes`; at an input `(args, kwargs)`.
+
+        What is no tensor is as it was if it is a number, a text or `None` in every run, and else an `Opaque`.
+
+        Raises:
+            AxisError: the event is refused.
+            KeyError: the event does not happen.
+        """
+        return self._built(Event(path, port, call), lambda leaf: leaf)
+
+    def value(self, path: str, port: OneOf["input", "output"], call: int, rows: int, tokens: int) -> Any:
+        """What stands at an event for these numbers of rows and tokens: as `types`, each tensor empty and on `meta`.
+
+        Raises:
+            AxisError: the event is refused, or what is known holds for another number of rows or tokens.
+            KeyError: the event does not happen.
+        """
+        for name, size in (("rows", rows), ("tokens", tokens)):
+            if self.fixed.get(name, size) != size:
+                raise AxisError(f"shapes are known for {self.fixed[name]} {name} only, not for {size}: {self.reason}")
+        event = Event(path, port, call)
+        return self._built(event, lambda leaf: leaf.at(rows, tokens) if isinstance(leaf, TensorAxes) else leaf)
+
+    def _built(self, event: Event, present: Callable[[Any], Any]) -> Any:
+        if self.how == "none":
+            raise AxisError(self.reason)
+        if event in self.refused:
+            raise AxisError(self.refused[event])
+        leaves, structure = self._values[event]
+        return pytree.tree_unflatten(map(present, leaves), structure)
+
+
+def infer_axes(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    inputs: InputAxes | None = None,
+    cut: bool = True,
+) -> Axes:
+    """Finds the axes of every value in the forward of `module` on arguments of this kind.
+
+    The module, the arguments and the random generators stay as they are. Of the arguments only kinds, dtypes and
+    sizes count, and of integers the range. Weights need not be loaded, unless the model's code looks at numbers.
+
+    Args:
+        inputs: which dimensions of the arguments are rows and tokens; by default what `input_axes` says.
+        cut: whether a model of many equal layers may be cut to the first ones for the runs.
+    """
+    kwargs = dict(kwargs or {})
+    inputs = input_axes(module, args, kwargs) if inputs is None else inputs
+    with torch.inference_mode(False), torch.no_grad(), generators_kept(module):
+        return _Inference(module, args, kwargs, plan_cut(module) if cut else None).axes(inputs)
+
+
+class _RefutedError(Exception):
+    """A hypothesis that the model does not bear out."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Hypothesis:
+    """That the axes in `axes` can take any size, and that runs on these stand-ins show it.
+
+    grid: the settings from which formulas are solved; the first is also the one that is repeated.
+    checks: settings for a check, of which the first that the model allows is used.
+    fixed: the axes that are not varied, by their size in the arguments.
+    """
+
+    axes: InputAxes
+    stand_in: Fakes | Reals
+    grid: tuple[Setting, ...]
+    checks: tuple[Setting, ...]
+    fixed: Mapping[str, int]
+
+    def __str__(self) -> str:
+        held = "".join(f" and {name} held at {size}" for name, size in self.fixed.items())
+        return f"on {self.stand_in.how} tensors{held}"
+
+
+class _Inference:
+    """One model and one kind of arguments, and the hypotheses that are tried on them."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut | None) -> None:
+        self.module, self.args, self.kwargs, self.cut = module, args, kwargs, cut
+        self.stand_ins: list[Fakes | Reals] = [Fakes(module, args, kwargs)]
+        if has_weights(module):
+            self.stand_ins.append(Reals())
+
+    def axes(self, inputs: InputAxes) -> Axes:
+        """The axes by the first hypothesis that holds."""
+        reasons: list[str] = []
+        for hypothesis in self._hypotheses(inputs):
+            try:
+                found = self._tested(hypothesis)
+            except Exception as error:  # whatever the model raises: it is the reason for what is tried next
+                reasons.append(f"{hypothesis}: {_first_line(error)}")
+                continue
+            reason = "; ".join([*reasons, found.uncut] if found.uncut else reasons)
+            how, fixed = hypothesis.stand_in.how, hypothesis.fixed
+            return Axes(found.refused, inputs, how, reason, fixed, found.cut, found.values)
+        return Axes({}, inputs, "none", "; ".join(reasons))
+
+    def _hypotheses(self, inputs: InputAxes) -> Iterator[_Hypothesis]:
+        """The strongest first: rows and tokens vary, rows alone, neither."""
+        rows, tokens = inputs.sizes(self.args, self.kwargs)
+        for dropped in ((), ("tokens",), ("rows", "tokens")):
+            if dropped and dropped[0] not in inputs.names:
+                continue
+            held = inputs.without(*dropped)
+            sizes = {"rows": rows, "tokens": tokens}
+            fixed = {name: sizes[name] for name in sizes if name in inputs.names - held.names}
+            some_rows, checked_rows = (_ROWS, _ROWS_CHECKED) if "rows" in held.names else ((rows,), (rows,))
+            lengths = _TOKENS if "tokens" in held.names else (((tokens,), tokens),)
+            for stand_in, (some_tokens, checked_tokens) in itertools.product(self.stand_ins, lengths):
+                grid = tuple(itertools.product(some_rows, some_tokens))
+                checks = tuple((number, checked_tokens) for number in checked_rows) if held.names else ()
+                yield _Hypothesis(held, stand_in, grid, checks, fixed)
+
+    def _tested(self, hypothesis: _Hypothesis) -> _Found:
+        """Raises what the model raises; `_RefutedError` where nothing that it returns has rows."""
+        uncut = ""
+        if self.cut is not None:
+            try:
+                return self._found(hypothesis, self.cut)
+            except Exception as error:  # is it the cut? the whole model shows
+                uncut = f"not cut to its first layers: {_first_line(error)}"
+        return replace(self._found(hypothesis, None), uncut=uncut)
+
+    def _found(self, hypothesis: _Hypothesis, cut: Cut | None) -> _Found:
+        shadow = _template(self.module, hypothesis.stand_in, cut)
+        grid = {setting: self._run(shadow, hypothesis, setting) for setting in hypothesis.grid}
+        checks = self._check(shadow, hypothesis)
+        first = hypothesis.grid[0]
+        if cut is not None:
+            deeper = self._run(_template(self.module, hypothesis.stand_in, cut, more=1), hypothesis, first)
+            _require_agreement(grid[first], deeper, cut)
+        repeats = [self._run(shadow, hypothesis, first, again=True)] if hypothesis.axes.names else []
+        values, refused = solved(grid | checks, repeats)
+        root = Event("", "output", 0)
+        if "rows" in hypothesis.axes.names and root in values and not _has_rows(values[root]):
+            raise _RefutedError("nothing that the model returns has as many entries as its input has rows")
+        if cut is not None:
+            values, refused = _expanded(values, cut), _expanded(refused, cut)
+        return _Found(values, refused, cut.kept if cut else {})
+
+    def _check(self, shadow: nn.Module, hypothesis: _Hypothesis) -> dict[Setting, Record]:
+        """The run at the first of the settings for checks that the model allows; none where there are none."""
+        for setting in hypothesis.checks[:-1]:
+            try:
+                return {setting: self._run(shadow, hypothesis, setting)}
+            except Exception:  # a model that takes no single row: the last setting is the one that decides
+                continue
+        return {setting: self._run(shadow, hypothesis, setting) for setting in hypothesis.checks[-1:]}
+
+    def _run(self, shadow: nn.Module, hypothesis: _Hypothesis, setting: Setting, again: bool = False) -> Record:
+        """One forward, on a copy of the shadow; `again` for other numbers and a mask that hides a token."""
+        stand_in = hypothesis.stand_in
+        if hypothesis.axes.names:
+            sampler = Sampler(self.module, self.args, self.kwargs, hypothesis.axes)
+            seed = 1000 * setting[0] + 2 * setting[1] + again
+            args, kwargs = sampler.sample(*setting, seed, padded=again, device=stand_in.device)
+        else:  # nothing varies: the arguments themselves are most likely to be such as the model takes
+            args, kwargs = self._given(stand_in.device)
+        with stand_in.on_real_inputs():
+            return record(shadowed(shadow, stand_in), args, kwargs)
+
+    def _given(self, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def placed(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return copy.deepcopy(leaf)
+            return (
+                torch.zeros_like(leaf, device=device or leaf.device)
+                if leaf.is_meta
+                else leaf.detach().to(device).clone()
+            )
+
+        args, kwargs = pytree.tree_map(placed, (self.args, self.kwargs))
+        return args, kwargs
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a hypothesis that holds has shown. `uncut`: why a cut that was planned does not do."""
+
+    values: dict[Event, Leaves]
+    refused: dict[Event, str]
+    cut: Mapping[str, int]
+    uncut: str = ""
+
+
+def _template(module: nn.Module, stand_in: Fakes | Reals, cut: Cut | None, more: int = 0) -> nn.Module:
+    """A shadow that is copied for each run, so that what one run leaves in it is not seen by the next."""
+    shadow = shadowed(module, stand_in)
+    if cut is not None:
+        cut.apply(shadow, more)
+    return shadow
+
+
+def _require_agreement(one: Record, deeper: Record, cut: Cut) -> None:
+    """That a layer more changes nothing elsewhere, and that it does what the one that stands for it does.
+
+    Raises:
+        _RefutedError: it does not.
+    """
+    for event, leaves in deeper.items():
+        alike = one.get(replace(event, path=cut.represented_by(event.path)))
+        if alike is None or not same(alike, leaves):
+            raise _RefutedError(f"one layer more makes a difference at {event.path or 'the model'} {event.port}")
+
+
+def _expanded(of: dict[Event, T], cut: Cut) -> dict[Event, T]:
+    """With the events of the layers that were left out."""
+    by_layer: dict[str, list[tuple[Event, T]]] = {}
+    for event, value in of.items():
+        if (layer := cut.layer_of(event.path)) is not None:
+            by_layer.setdefault(layer, []).append((event, value))
+    return of | {
+        replace(event, path=left_out + event.path[len(layer) :]): value
+        for left_out, layer in cut.represented.items()
+        for event, value in by_layer.get(layer, ())
+    }
+
+
+def _has_rows(value: Leaves) -> bool:
+    leaves = [leaf for leaf in value[0] if isinstance(leaf, TensorAxes)]
+    return not leaves or any(extent.rows or extent.rows_tokens for leaf in leaves for extent in leaf.shape)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return text if isinstance(error, _RefutedError) else f"{type(error).__name__}: {text}"
