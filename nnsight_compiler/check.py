@@ -5,8 +5,10 @@ configuration, each at its line, and what could not be checked.
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from linecache import getlines
 from pathlib import Path
@@ -189,7 +191,7 @@ def check_program(
     def observe(result: PassResult) -> None:
         left[result.name] = result.program
 
-    with warnings.catch_warnings(record=True) as caught, weights_withheld():
+    with warnings.catch_warnings(record=True) as caught, weights_withheld(), _quiet_torch():
         warnings.simplefilter("always", UnusedValueWarning)
         lower_program(program, arguments, globals_, closure, observe, checker)
     try:
@@ -203,6 +205,17 @@ def check_program(
         elif not checker.diagnostics and not checker.unchecked:  # else what could not be looked at may use the value
             warned.append(Diagnostic(Span(each.filename, each.lineno), str(each.message)))
     return Report.of(checker.diagnostics, checker.unchecked, warned)
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Keeps torch from printing a traceback for what does not fit on tensors without data: it is raised as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def as_model(value: Any) -> Any:

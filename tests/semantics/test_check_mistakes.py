@@ -247,6 +247,74 @@ MISTAKES = [
         "value = double(model.layers[0].output)", "value = double(model.layers[0].output, 2)",
         "missing a required argument: 'by'", "(hidden, by)",
     ),
+    Mistake(
+        "position_out_of_range", IN_TRACE,
+        "value = model.layers[0].output[:, 8]", "value = model.layers[0].output[:, 7]",
+        "index 8 is out of range: this dimension (tokens) has 8 entries", "use an index from -8 to 7",
+    ),
+    Mistake(
+        "token_out_of_range", IN_TRACE,
+        "value = model.lm_head.output[0, -1, 1007]", "value = model.lm_head.output[0, -1, 1006]",
+        "index 1007 is out of range", "use an index from -1007 to 1006",
+    ),
+    Mistake(
+        "wrong_width", WRITES,
+        "model.layers[1].output[:, -1] = torch.zeros(127)", "model.layers[1].output[:, -1] = torch.zeros(128)",
+        "a value of shape [127] is assigned to a part of shape [1, 128]", "make the shapes equal",
+    ),
+    Mistake(
+        "wrong_shape", WRITES,
+        "model.layers[1].output = torch.zeros(1, 9, 128)", "model.layers[1].output = torch.zeros(1, 8, 128)",
+        "a tensor of shape [1, 9, 128] is assigned where the module gives [1, 8, 128]", "make the shapes equal",
+    ),
+    Mistake(
+        "mismatched_product", IN_TRACE,
+        "value = model.layers[0].output @ model.lm_head.weight",
+        "value = model.layers[0].output @ model.lm_head.weight.T",
+        "shapes cannot be multiplied (8x128 and 1007x128)", "the shapes here are",
+    ),
+    Mistake(
+        "mismatched_sum", """
+    with model.trace(PROMPT):
+        hidden = model.layers[0].output
+    <>
+    return value
+""",
+        "value = hidden + torch.zeros(3)", "value = hidden + torch.zeros(128)",
+        "(128) must match the size of tensor b (3)", "the shapes here are [3], [1, 8, 128]",
+    ),
+    Mistake(
+        "mismatched_cat", IN_TRACE,
+        "value = torch.cat([model.layers[0].output, model.layers[1].output[0]])",
+        "value = torch.cat([model.layers[0].output, model.layers[1].output])",
+        "must have same number of dimensions", "the shapes here are",
+    ),
+    Mistake(
+        "one_value_for_a_tuple", WRITES,
+        "model.layers[1].attn.output = 0", "model.layers[1].attn.output[0] = 0",
+        "the module gives a tuple of 2, which one value cannot replace", "assign one of its items (`[0]`, `[1]`)",
+    ),
+    Mistake(
+        "tuple_of_wrong_length", WRITES,
+        "model.layers[1].attn.output = (hidden, None, None)", "model.layers[1].attn.output = (hidden, None)",
+        "the module gives a tuple of 2, but 3 values are assigned", "",
+    ),
+    Mistake(
+        "too_many_names", IN_TRACE,
+        "value, weights, more = model.layers[0].attn.output", "value, weights = model.layers[0].attn.output",
+        "2 values are unpacked into 3 names", "",
+    ),
+    Mistake(
+        "no_such_method", IN_TRACE,
+        "value = model.layers[0].output.sofmax(-1)", "value = model.layers[0].output.softmax(-1)",
+        "a tensor has no `sofmax`", "did you mean `softmax`",
+    ),
+    Mistake(
+        "wrong_part_of_a_module", IN_TRACE,
+        "value = model.lm_head(model.layers[0].output[..., :5])",
+        "value = model.lm_head(model.layers[0].output[..., :])",
+        "cannot be multiplied (8x5 and 128x1007)", "the shapes here are",
+    ),
 ]  # fmt: skip
 
 
