@@ -23,4 +23,5 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
+        gc.unfreeze()
         gc.enable()

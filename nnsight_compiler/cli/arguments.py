@@ -78,7 +78,8 @@ def load_model(name: str, weights: bool) -> object:
     except ModelError as error:
         way_out = "try --model tiny, which needs no download, --model smollm2, or a folder that holds a model"
         raise RefusalError(f"the model {name} cannot be loaded: {error}", way_out) from error
-    gc.enable()  # `main` turned it off; nothing large is imported from here on
+    gc.freeze()  # what has been imported stays
+    gc.enable()  # `main` turned it off
     return model
 
 
