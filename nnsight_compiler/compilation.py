@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import CellType, FunctionType
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +32,9 @@ from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
 from nnsight_compiler.runtime.support import UNBOUND
 from nnsight_compiler.shapes import Inputs, extent_of
+
+if TYPE_CHECKING:
+    from nnsight_compiler.check import Checker
 
 PASSES = (
     "specialise",
@@ -120,15 +123,16 @@ def lower_program(
     globals_: Mapping[str, Any],
     closure: Mapping[str, CellType],
     observer: Observer | None = None,
+    checker: Checker | None = None,
 ) -> Specialised:
-    """Runs the passes for the arguments of one call."""
+    """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
     subject = Subject(arguments, globals_, closure, _helper, save, UNBOUND)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 
     def specialised(source: Program) -> Program:
-        result.append(specialise(source, subject))
+        result.append((specialise if checker is None else checker.specialise)(source, subject))
         return result[0].program
 
     def at(forward: ops.Forward) -> tuple[Any, Inputs | None]:
@@ -138,12 +142,12 @@ def lower_program(
     def order(forward: ops.Forward) -> Order:
         name = forward.result.name
         if name not in orders:
-            orders[name] = observed(*at(forward))
+            orders[name] = observed(*at(forward)) if checker is None else checker.order(forward, *at(forward))
         return orders[name]
 
     def inferred(source: Program) -> Program:
         try:
-            return infer(source, surroundings, lambda op: extent_of(*at(op)))
+            return infer(source, surroundings, lambda op: (extent_of if checker is None else checker.extent)(*at(op)))
         except CompileError as error:
             raise joined(error, lambda: check_sites(source, order)) from None
 
@@ -162,7 +166,7 @@ def lower_program(
         copy_on_save,
     )
     passes = [NamedPass(name, step) for name, step in zip(PASSES, steps, strict=True)]
-    final_program = run_passes(program, passes, observer=observer)
+    final_program = run_passes(program, passes, observer=observer, refused=None if checker is None else checker.refused)
     first = result[0]
     guards = first.guards
     if len(list(forwards(final_program.body))) < len(first.models):

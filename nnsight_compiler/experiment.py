@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from nnsight_compiler.cache import Cache, CacheInfo
 from nnsight_compiler.compilation import PASSES, Compiled, lower_program
@@ -19,6 +19,9 @@ from nnsight_compiler.explain import Explanation, explain
 from nnsight_compiler.frontend import lower_function, lower_source
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.passes.manager import Observer, PassResult
+
+if TYPE_CHECKING:
+    from nnsight_compiler.check import Report
 
 _texts = itertools.count()
 """Numbers the texts given to `from_source`."""
@@ -96,6 +99,16 @@ class Experiment:
         """The stages, forwards and host ops of one call, and why each is one. Nothing is run; what earlier calls have
         specialised of later stages is shown."""
         return explain(self._function.__name__, self.compile(*args, **kwargs))
+
+    def check(self, *args: Any, **kwargs: Any) -> Report:
+        """What is wrong with the experiment, as far as it can be told without weights and without running anything.
+
+        The arguments are as in a call; any may be left out, and what depends on them is then not checked. The model, as
+        the first argument or by its name, may also be a name, a folder, or a configuration of transformers.
+        """
+        from nnsight_compiler.check import check_call  # it is built on this module
+
+        return check_call(self._signature, self.ir, self._held().globals, self._held().closure, args, kwargs)
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and size of the cache of compiled programs."""

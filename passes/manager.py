@@ -40,13 +40,19 @@ Observer = Callable[[PassResult], None]
 
 
 def run_passes(
-    program: Program, passes: Sequence[NamedPass], *, verify: bool = False, observer: Observer | None = None
+    program: Program,
+    passes: Sequence[NamedPass],
+    *,
+    verify: bool = False,
+    observer: Observer | None = None,
+    refused: Callable[[CompileError], None] | None = None,
 ) -> Program:
     """The program after all these passes, in order.
 
     Args:
         verify: check the program before the first pass and after each; also if `NNSIGHT_COMPILER_DEBUG` is `1`.
         observer: is shown the result of each pass, once it was checked.
+        refused: is given what a pass refuses; the passes after it then get the program as it was before that pass.
 
     Raises:
         IRError: a pass left a program that is not well formed; the message names it and those that ran before.
@@ -59,8 +65,11 @@ def run_passes(
         start = perf_counter()
         try:
             program = each.apply(program)
-        except CompileError:
-            raise
+        except CompileError as error:
+            if refused is None:
+                raise
+            refused(error)
+            continue
         except Exception as error:
             error.add_note(f"in the pass `{each.name}`, {_after(before)}")
             raise

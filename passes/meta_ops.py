@@ -169,6 +169,12 @@ class MetaOps(MetaValues):
         elif isinstance(held, (tuple, list)) and op.star < 0 and len(held) == len(op.results):
             self.define_all(op.results, tuple(held))
         else:
+            length = held.shape[0] if isinstance(held, torch.Tensor) and held.ndim else None
+            length = len(held) if isinstance(held, tuple) else length
+            names = len(op.results) - (op.star >= 0)
+            if length is not None and (length < names if op.star >= 0 else length != names):
+                least = "at least " if op.star >= 0 else ""
+                self.report(op, Mistake(f"{length} values are unpacked into {least}{names} names"), op.value)
             self.lose_containers(held)
             self.define_all(op.results, ())
 

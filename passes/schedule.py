@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-import networkx as nx
-
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op
@@ -64,6 +62,8 @@ class Schedule(Body):
 
     def _refuse(self, entry: Entry) -> NoReturn:
         """The error of a write that needs what only a later site gives: both lines, and the way between them."""
+        import networkx as nx  # a fifth of a second, for an error alone
+
         assert entry.pin is not None
         graph = nx.DiGraph()
         for each in self.entries:

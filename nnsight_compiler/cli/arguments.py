@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import gc
 from collections.abc import Sequence
+from pathlib import Path
 
 from nnsight_compiler.cli.refusal import RefusalError, unknown
 from nnsight_compiler.ir.errors import ModelError
@@ -68,17 +70,25 @@ def bind_arguments(
 
 def load_model(name: str, weights: bool) -> object:
     """A model by name: `tiny`, `smollm2` (the demo's), a folder, a GGUF file, a hub name. Its weights may wait."""
-    from rich.console import Console
-
     from nnsight_compiler import LanguageModel
-    from nnsight_compiler.demo.assets import smollm2
 
     try:
-        source = smollm2(Console(stderr=True)) if name == "smollm2" else name
-        return LanguageModel(source, dispatch=weights)
+        source = _smollm2() if name == "smollm2" else name
+        model = LanguageModel(source, dispatch=weights)
     except ModelError as error:
         way_out = "try --model tiny, which needs no download, --model smollm2, or a folder that holds a model"
         raise RefusalError(f"the model {name} cannot be loaded: {error}", way_out) from error
+    gc.freeze()  # what has been imported stays
+    gc.enable()  # `main` turned it off
+    return model
+
+
+def _smollm2() -> Path:
+    from rich.console import Console
+
+    from nnsight_compiler.demo.assets import smollm2
+
+    return smollm2(Console(stderr=True))
 
 
 def _split(parameters: Sequence[Parameter], values: dict[str, object]) -> tuple[list[object], dict[str, object]]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nnsight_compiler.cli.arguments import bind_arguments, parse_arguments
+from nnsight_compiler.cli.arguments import bind_arguments, load_model, parse_arguments
 from nnsight_compiler.cli.refusal import RefusalError, unknown, user_code
 from nnsight_compiler.cli.target import Target
 from nnsight_compiler.ir.program import Program
@@ -129,6 +129,36 @@ def run(
         with user_code():
             value = experiment(*positional, **keywords)
     print(as_json(value) if json else readable(value))
+
+
+@app.command()
+def check(
+    target: TargetArgument,
+    model: ModelOption = None,
+    arg: ArgumentOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find mistakes without running anything, and without weights.
+
+    Everything in the file, or one experiment, is compiled for a model of which only the configuration is read:
+
+        nnsightc check demo.py --model tiny
+        nnsightc check demo.py:patch --model tiny --arg layer=1
+
+    Arguments may be left out; what depends on them is listed as not checked. Of the file, only its imports, functions,
+    classes and constants are executed. Exits with 1 where there are mistakes.
+    """
+    from nnsight_compiler.cli.checking import check_file
+    from nnsight_compiler.demo.assets import quiet_transformers
+
+    where = Target.parse(target)
+    if model is None:
+        raise RefusalError("a check needs a model", "add --model tiny, or the name or folder of another")
+    with quiet_transformers(), redirect_stdout(sys.stderr):
+        checked = check_file(where, load_model(model, weights=False), parse_arguments(arg or []))
+    print(checked.as_json() if json else checked)
+    if not checked.report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

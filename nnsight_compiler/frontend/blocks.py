@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import CO_OPTIMIZED
 from itertools import islice
 from pathlib import Path
@@ -82,16 +83,47 @@ def lower_block(frame: FrameType) -> Block:
     return _lower(syntax.within(class_of(code.co_qualname)), node, item, names, complete, owner)
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """An experiment or a block of a file. `local`: a block in a function, whose names are those of the function."""
+
+    program: Program
+    local: bool = False
+
+
 def lower_file(path: str | Path) -> list[Program]:
     """Every function that `intervene` decorates and every undecorated trace of a file, in the file's order. Nothing of
     the file is run."""
+    found: list[Program] = []
+    for each in lower_each(path):
+        if isinstance(each, CompileError):
+            raise each
+        found.append(each.program)
+    return found
+
+
+def lower_each(path: str | Path) -> list[Lowered | CompileError]:
+    """The experiments and blocks of a file, in the file's order; for one that cannot be lowered, its mistakes."""
     syntax = Syntax(Excerpt(Path(path).read_text(encoding="utf-8-sig"), str(path), 1))
     found = Definitions(syntax)
-    programs = [lower_node(syntax.within(each.class_name), each.node, each.outside) for each in found.experiments]
+    lowered: list[tuple[int, Lowered | CompileError]] = []
+    for each in found.experiments:
+        lower = partial(lower_node, syntax.within(each.class_name), each.node, each.outside)
+        lowered.append((syntax.span(each.node).line, _tried(lower)))
     for trace in found.traces:
         inner, complete = syntax.within(trace.class_name), trace.names is not None
-        programs.append(_lower(inner, trace.node, trace.item, trace.names or (), complete, trace.owner).program)
-    return sorted(programs, key=lambda program: program.span.line)
+        lower_one = partial(_lower, inner, trace.node, trace.item, trace.names or (), complete, trace.owner)
+        lowered.append((syntax.span(trace.node).line, _tried(lower_one, complete)))
+    return [each for _, each in sorted(lowered, key=lambda pair: pair[0])]
+
+
+def _tried(lower: Callable[[], Program | Block], local: bool = False) -> Lowered | CompileError:
+    try:
+        made = lower()
+    except CompileError as error:
+        return error
+    return Lowered(made.program if isinstance(made, Block) else made, local)
 
 
 def _lower(syntax: Syntax, node: cst.With, item: int, frame: Container[str], complete: bool, owner: str) -> Block:

@@ -21,15 +21,15 @@ class Diagnostic:
     related: tuple[tuple[Span, str], ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.span}: {self.reason}", *_excerpt(self.span)]
+        lines = [f"{self.span}: {self.reason}", *excerpt(self.span)]
         for span, remark in self.related:
-            lines += [f"  {span}: {remark}", *_excerpt(span)]
+            lines += [f"  {span}: {remark}", *excerpt(span)]
         if self.way_out:
             lines.append(f"  way out: {self.way_out}")
         return "\n".join(lines)
 
 
-def _excerpt(span: Span) -> list[str]:
+def excerpt(span: Span) -> list[str]:
     """The source line and a row of carets under the stretch meant; nothing where the source is not to be had."""
     text = linecache.getline(span.file, span.line).rstrip("\n")
     if not text:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -13,6 +16,22 @@ from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models.checkpoint import Checkpoint, locate
 from nnsight_compiler.models.nnsight import NNsight
 from nnsight_compiler.models.prompts import PromptError, encode
+
+_withheld: ContextVar[bool] = ContextVar("withheld", default=False)
+
+
+@contextmanager
+def weights_withheld() -> Iterator[None]:
+    """Refuses the loading of weights, in this thread: what needs them raises `WeightsNeededError` instead."""
+    token = _withheld.set(True)
+    try:
+        yield
+    finally:
+        _withheld.reset(token)
+
+
+class WeightsNeededError(ModelError):
+    """Weights that may not be loaded are needed."""
 
 
 class LanguageModel(NNsight):
@@ -76,6 +95,8 @@ class LanguageModel(NNsight):
 
     def _ready(self) -> nn.Module:
         if not self._loaded:
+            if _withheld.get():
+                raise WeightsNeededError("this needs the weights of the model, which are not loaded for a check")
             with self._lock:
                 if not self._loaded:
                     assert self._checkpoint is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Collection
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -88,6 +89,12 @@ class NNsight(ModuleView):
         elsewhere = sorted(REMOTE_ARGUMENTS & set(names))
         if elsewhere:
             raise TraceArgumentError(f"`trace` takes no {', '.join(elsewhere)}: experiments run in this process only")
+        known = self._keywords()
+        wrong = [] if known is None else sorted(set(names) - known)
+        if known is not None and wrong:
+            near = get_close_matches(wrong[0], known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"it takes: {', '.join(sorted(known))}"
+            raise TraceArgumentError(f"the forward of {self._class_name} takes no `{wrong[0]}`; {hint}")
 
     @staticmethod
     def _refuse_generation() -> NoReturn:
@@ -131,6 +138,25 @@ class NNsight(ModuleView):
         """Small arguments on which a forward can be observed, where the kind of model tells them."""
         return None
 
+    def _keywords(self) -> frozenset[str] | None:
+        """The keywords that `trace` takes: those of the forward, and ours. `None` where the forward takes any."""
+        named = {"grad"}
+        for name, parameter in self._forward_parameters().items():
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                named.add(name)
+            elif type(self._wrapped).__module__.startswith("transformers."):
+                named |= _passed_on()  # what else its models are given, they ignore
+            else:
+                return None
+        return frozenset(named)
+
     def _forward_parameters(self) -> dict[str, inspect.Parameter]:
         """The parameters that the torch module's forward names."""
         return dict(inspect.signature(self._wrapped.forward).parameters)
+
+
+def _passed_on() -> set[str]:
+    """What the models of transformers understand beside the parameters that they name."""
+    from transformers.utils.generic import TransformersKwargs
+
+    return {*TransformersKwargs.__annotations__, "cache_position", "return_dict", "use_cache"}
