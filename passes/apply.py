@@ -146,7 +146,7 @@ class Calls(Inlining):
                 return constant(len(handle))
             case Elements(items=list() as items):
                 return constant(len(items))
-            case Known(value=held, text=text) if isinstance(held, (list, tuple, dict, str, range)):
+            case Known(value=held, text=text) if self.evaluator._countable(value):
                 if text is None:
                     return constant(len(held))
                 fact = Known(len(held), f"len({text})")

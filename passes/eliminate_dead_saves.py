@@ -219,7 +219,7 @@ class _Elimination:
         match op:
             case ops.Global() | ops.Cell() | ops.Closure() | ops.Store() | ops.Read() | ops.Grad() | ops.Save():
                 return False
-            case ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
+            case ops.Stage() | ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
                 return False
             case ops.Attribute() | ops.Load() | ops.Bound() | ops.Item() | ops.Format() | ops.Unpack():
                 return self.might_matter(node)

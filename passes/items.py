@@ -117,6 +117,8 @@ class Items:
                     return found
         kept = self._kept(op, live=max(base.live, index.live))
         match base.fact, index.fact:
+            case Known(value=tuple() | list() | dict() as held), _ if not self._unchanged(held):
+                kept.at_run = True
             case Known(value=held, text=text), Known(value=key, text=key_text) if isinstance(held, (tuple, list, dict)):
                 try:
                     kept.fact = Known(held[key], f"{text}[{key_text or repr(key)}]" if text else None)
@@ -186,6 +188,7 @@ class Items:
                 base.fact.forget()
             case Elements():
                 base.fact.forget()
+        self.specialiser.change(base)
         use = self.specialiser.use
         self.specialiser.emit(ops.SetItem(use(base), use(index), use(value), span=self.specialiser.span(op)))
 
@@ -203,9 +206,16 @@ class Items:
                 self.specialiser.keep(op)
                 if isinstance(value.fact, Known) and isinstance(value.fact.value, (tuple, list)):
                     held, text = value.fact.value, value.fact.text
-                    if op.star < 0 and len(held) == len(op.results):
+                    if not self._unchanged(held):
+                        for result in op.results:
+                            self.specialiser.scope[result].at_run = True
+                    elif op.star < 0 and len(held) == len(op.results):
                         for index, result in enumerate(op.results):
                             self.specialiser.scope[result].fact = Known(held[index], text and f"{text}[{index}]")
+
+    def _unchanged(self, held: Any) -> bool:
+        """Whether a known container still holds what it held when the program started."""
+        return isinstance(held, (tuple, str, range)) or self.specialiser.relies_on(held)
 
     # --- iteration ---
 
@@ -244,6 +254,8 @@ class Items:
                 return self.iterate(base, span)[::-1]
             case Iteration(kind="same", bases=(base,)):
                 return self.iterate(base, span)
+            case Known(value=list() | dict() as held) if not self._unchanged(held):
+                return self.specialiser.unknown(value, span, "what this loop goes over")
             case Known(value=held, text=text) if isinstance(held, (list, tuple, dict)) and not immutable(held):
                 return self._elements_of_known(value, held, text, span)
             case Known(value=held):
@@ -275,7 +287,7 @@ class Items:
             case Iteration(bases=bases):
                 return any(map(self._countable, bases))
             case Known(value=held):
-                return isinstance(held, (list, tuple, dict, str, range))
+                return isinstance(held, (list, tuple, dict, str, range)) and self._unchanged(held)
         return False
 
     def _indexed(self, base: Abstract, length: int, span: Span) -> list[Abstract]:
