@@ -27,6 +27,7 @@ from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
+from nnsight_compiler.runtime.support import UNBOUND
 
 PASSES = (
     "specialise",
@@ -116,7 +117,7 @@ def lower_program(
     observer: Observer | None = None,
 ) -> Specialised:
     """Runs the passes for the arguments of one call."""
-    subject = Subject(arguments, globals_, closure, _helper, save)
+    subject = Subject(arguments, globals_, closure, _helper, save, UNBOUND)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 

@@ -13,7 +13,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, ModelError
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.traverse import walk
+from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.ir.values import Literal, Operand, Tuple, Value
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -156,6 +156,9 @@ class ControlFlow(Interpretation):
         if id(op) in self.decisions.roll:
             self.stage_body(op.body)
         elif id(op) in self.decisions.unroll or self.evaluate.mentions_modules(iterable):
+            stages = self.forward is None and not self.closures and not emits(op.body)
+            if stages and not self.evaluate.listable(iterable):
+                raise Undecided(roll={id(op)})
             items = self.evaluate.iterate(iterable, op.span)
             return self.unrolled(op, items, tuple(map(self.abstract, op.initial)))
         initial = tuple(map(self.abstract, op.initial))
@@ -271,7 +274,7 @@ class ControlFlow(Interpretation):
                 condition, *rest = self.region(op.condition).values
                 carried = tuple(rest)
                 condition = self.evaluate.truth(condition)
-                if self.forward is None and not self.closures and not isinstance(condition.fact, Known):
+                if self.forward is None and not self.closures and not isinstance(condition.fact, Known | Elements):
                     raise Undecided(roll={id(op)})
                 if not self.demand(condition, op.span, "the condition of this loop"):
                     return self.loop_else(op, carried)
@@ -347,7 +350,7 @@ class ControlFlow(Interpretation):
         self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments)
         self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
-        self.forward = Forwarding(result, module, span, self.builder.depth)
+        self.forward = Forwarding(result, module, span, op, self.builder.depth)
         outer, self.conditions = self.conditions, []
         with self.builder.region() as made:
             completion = self.region(op.body)
@@ -407,6 +410,12 @@ class ControlFlow(Interpretation):
         defaults = tuple(map(self.used, op.defaults))
         self.emit(replace(op, result=result, parameters=parameters, defaults=defaults, body=Region((), tuple(made))))
         return Abstract(result, fact, span=self.span(op))
+
+
+def emits(region: Region) -> bool:
+    """Whether a region hands out values of the generator that it belongs to."""
+    inner = (part for op in region.ops if not isinstance(op, ops.Closure) for part in regions(op))
+    return any(isinstance(op, ops.Emit) for op in region.ops) or any(map(emits, inner))
 
 
 def _touches_model(region: Region) -> bool:

@@ -202,8 +202,11 @@ class Evaluator(Items):
             held = getattr(value, name, inspect.Parameter.empty)
             return None if held is inspect.Parameter.empty else Evaluator._fact(held, text or name, base)
         own = getattr(value, "__dict__", {}) if _reads_plainly(type(value)) else {}
-        if name in own and not hasattr(inspect.getattr_static(type(value), name, None), "__set__"):
+        of_class = inspect.getattr_static(type(value), name, None)
+        if name in own and not hasattr(of_class, "__set__"):
             return Known(own[name], text)
+        if immutable(of_class) and of_class is not None and _reads_plainly(type(value)):
+            return Known(of_class, text)
         return None
 
     def _of_module(self, op: ops.Attribute | ops.Read, base: Abstract, module: SiteModule, name: str) -> Abstract:

@@ -247,8 +247,8 @@ class Inlining:
                 f"`{frame.name}` calls itself more than {MAX_DEPTH} times",
                 "recursion over the model must end at a depth that is known before the run",
             )
-        outer = (specialiser.scope, specialiser.frame, specialiser.rolled)
-        specialiser.scope, specialiser.frame = scope, frame
+        outer = (specialiser.scope, specialiser.frame, specialiser.rolled, specialiser.function)
+        specialiser.scope, specialiser.frame, specialiser.function = scope, frame, body
         specialiser.inlined.append(frame.name)
         try:
             with specialiser.builder.region() as made:
@@ -256,7 +256,7 @@ class Inlining:
             for op in made:
                 specialiser.emit(op)
         finally:
-            specialiser.scope, specialiser.frame, specialiser.rolled = outer
+            specialiser.scope, specialiser.frame, specialiser.rolled, specialiser.function = outer
             specialiser.inlined.pop()
         if completion.kind == "never":
             raise Unreachable

@@ -21,9 +21,8 @@ from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.traverse import defined, regions, rewrite, used, walk
-from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value, values_in
-from nnsight_compiler.passes.apply import FOLDED
+from nnsight_compiler.ir.traverse import regions, rewrite, used, walk
+from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
 from nnsight_compiler.passes.changes import Changes
 from nnsight_compiler.passes.evaluate import Evaluator
 from nnsight_compiler.passes.facts import (
@@ -36,12 +35,9 @@ from nnsight_compiler.passes.facts import (
     SiteCalls,
     SiteModule,
     immutable,
-    is_handle,
 )
 from nnsight_compiler.passes.inline import Unreachable
 from nnsight_compiler.passes.outline import Outline
-
-FOLDED_TARGETS = frozenset(f"{function.__module__}.{function.__name__}" for function in FOLDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +47,7 @@ class Subject:
     arguments: the value of each parameter, by name; a parameter that is not bound is missing.
     lower: gives the IR of a helper function.
     save: the function that users import as `save`.
+    unbound: what an empty cell holds.
     """
 
     arguments: Mapping[str, Any]
@@ -58,6 +55,7 @@ class Subject:
     closure: Mapping[str, CellType]
     lower: Callable[[FunctionType], Program]
     save: Callable[..., Any]
+    unbound: object = None
 
 
 @dataclass(slots=True)
@@ -70,6 +68,7 @@ class Decisions:
     stages: the ops at which a stage begins, and what it needs to know.
     whole: the ops at which none can begin.
     changes: what the rounds of a kept loop change, where facts that a round relies on may be meant.
+    ahead: the forwards whose body begins with code that the model has no part in: that code, and the rest.
     outlines: what was cut off at these ops; kept, so that its ops are the same ones in every interpretation.
     """
 
@@ -79,6 +78,7 @@ class Decisions:
     stages: dict[int, str] = field(default_factory=dict)
     whole: set[int] = field(default_factory=set)
     changes: dict[int, Changes] = field(default_factory=dict)
+    ahead: dict[int, tuple[Op, ...]] = field(default_factory=dict)
     outlines: dict[int, Outline] = field(default_factory=dict)
 
     def add(self, other: Decisions) -> None:
@@ -88,6 +88,7 @@ class Decisions:
         self.stages.update(other.stages)
         self.whole |= other.whole
         self.changes.update(other.changes)
+        self.ahead.update(other.ahead)
 
 
 class Undecided(Exception):  # noqa: N818  # control flow, not an error
@@ -115,13 +116,19 @@ END = Completion("end")
 
 @dataclass(slots=True)
 class Forwarding:
-    """The forward whose body is being interpreted. `depth`: how many regions are open around it. `changes`: what its
-    body changes; facts hold on inside it, since no stage can begin there."""
+    """The forward whose body is being interpreted.
+
+    op: the forward in the source program; `index`: the op of its body that is interpreted now.
+    depth: how many regions are open around it.
+    changes: what its body changes; facts hold on inside it, since no stage can begin there.
+    """
 
     result: Value
     module: SiteModule
     span: Span
+    op: ops.Forward
     depth: int
+    index: int = 0
     changes: Changes = field(default_factory=Changes)
 
 
@@ -252,50 +259,11 @@ class Interpretation:
 
     def unknown(self, value: Abstract, span: Span, what: str) -> NoReturn:
         """Called where a value must be known and is not: unrolling a loop, or a stage that begins later, helps."""
-        loops = value.loops
-        if isinstance(value.fact, Elements):
-            loops |= value.fact.loops
-        if loops - self.decisions.unroll - self.decisions.roll and not value.at_run:
-            raise Undecided(unroll=set(loops))
-        if self.closures:
-            raise AccessInClosure
-        statement = next((op for op in reversed(self.positions) if id(op) not in self.decisions.whole), None)
-        inside = self.forward is not None and self.made_inside(value)
-        if statement is None or inside or id(statement) in self.decisions.stages:
-            self.not_known(value, span, what)
-        raise Undecided(stages={id(statement): what})
-
-    def not_known(self, value: Abstract, span: Span, what: str) -> NoReturn:
-        """The error of a value that no stage can know."""
-        related = ((value.span, "it is made here"),) if value.span.line else ()
-        self.fail(
-            span,
-            f"{what} must be known before the model runs, but only a run can give it",
-            "compute it before the `with`: in a forward of its own, where it depends on values of the model",
-            related,
-        )
+        raise NotImplementedError
 
     def made_inside(self, value: Abstract) -> bool:
         """Whether a value depends on what the body of the forward around makes: values of the model, host calls."""
-        assert self.forward is not None
-        if value.operand is None:
-            return True
-        made: dict[str, Op] = {}
-        for op in self.builder.open_ops(self.forward.depth):
-            made.update((result.name, op) for result in defined(op))
-        waiting = [each.name for each in values_in(value.operand)]
-        seen: set[str] = set()
-        while waiting:
-            name = waiting.pop()
-            if name in seen or name not in made:
-                continue
-            seen.add(name)
-            op = made[name]
-            folded = isinstance(op, ops.Call) and op.target in FOLDED_TARGETS
-            if not folded and not isinstance(op, (ops.Operator, ops.Item, ops.Attribute, ops.Global, ops.Build)):
-                return True
-            waiting += [each.name for each in used(op)]
-        return False
+        raise NotImplementedError
 
     def fail(self, span: Span, reason: str, way_out: str = "", related: tuple[tuple[Span, str], ...] = ()) -> NoReturn:
         raise CompileError([Diagnostic(self.frame.override or span, reason, way_out, related)])
@@ -380,8 +348,12 @@ class Interpretation:
             begins = self.forward is None and not self.closures
             if begins and id(op) in self.decisions.stages and id(op) not in self.decisions.whole:
                 return self.region(self.staged(region, index))
+            if begins and id(op) in self.decisions.ahead:
+                return self.region(Region((), (*self.decisions.ahead[id(op)], *region.ops[index + 1 :])))
             if begins:
                 self.positions.append(op)
+            elif self.forward is not None and region is self.forward.op.body:
+                self.forward.index = index
             try:
                 completion = self.op(op)
             except Unreachable:
@@ -440,7 +412,7 @@ class Interpretation:
                     case Elements():
                         kept.loops |= held.fact.loops
                     case Known(value=box, text=text) if self.relies_on(box):
-                        if immutable(box.value) or is_handle(box.value):
+                        if box.value is not self.subject.unbound:
                             kept.fact = Known(box.value, f"{text}.value")
                     case Known():
                         kept.at_run = True
