@@ -447,7 +447,7 @@ class Writer:
         mode = self.pick(["fixed", "fixed", "one", "one", "reads", "loop"])
         layer, several = "", "(1, 3)"
         if mode == "loop" and self.staged and self.chance(50):
-            numbers = self.pick(self.named("ints") or ["layers"])
+            numbers = self.pick(self.named("ints") or ["(2, 0)"])
             several = self.bind("chosen", f"sorted({{n % {LAYERS} for n in {numbers}}})", "at")
         if mode in ("one", "reads"):
             # Chosen before the body: what names a module cannot wait for what the forward shows.

@@ -90,6 +90,7 @@ def test_a_value_that_is_logged_late_is_that_of_its_site() -> None:
         with model.trace(x):
             LOG.append(("late", float(model.layers[3].linear.output.sum())))
             LOG.append(("early", float(model.layers[0].linear.output.sum())))  # the model then changes it in place
+            LOG.append(("early", float(model.layers[0].linear.output.sum())))
 
 
 def test_a_log_is_no_part_of_the_input() -> None:
@@ -193,3 +194,14 @@ def test_an_in_place_write_to_the_first_input_leaves_the_callers_tensor() -> Non
             model.layers[0].input[:, 0] = 5
             out = model.output
         return out
+
+
+def test_a_continue_on_a_layer_of_the_run() -> None:
+    @both()
+    def run(model, x):
+        layer = random.randrange(4)
+        with model.trace(x):
+            for number, block in enumerate(model.layers):
+                if number % 2 == layer % 2:
+                    continue
+                LOG.append((number, float(block.output.sum())))
