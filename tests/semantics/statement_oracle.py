@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,35 +38,42 @@ class Cell:
     version: int
 
 
+class ReachedError(Exception):
+    """Ends a forward where the value that was asked for is known."""
+
+
 class ForwardRun:
-    """One forward: what its sites hold, in the order in which the module reaches them."""
+    """One forward: what its sites hold. `shapes` are those of the sites, in the order in which it reaches them."""
 
-    def __init__(self, module: nn.Module, inputs: torch.Tensor) -> None:
-        self.module, self.inputs = module, inputs.clone()
+    def __init__(self, module: nn.Module, inputs: torch.Tensor, shapes: dict[Site, torch.Size]) -> None:
+        self.module, self.inputs, self.shapes = module, inputs.clone(), shapes
         self.cells: dict[Site, Cell] = {}
-        self.shapes: dict[Site, torch.Size] = {}
+        if not shapes:
+            self.run([(path, port) for path, _ in module.named_modules() for port in ("input", "output")], self.note)
+        self.order = {site: number for number, site in enumerate(shapes)}
 
-        def note(site: Site, value: torch.Tensor) -> None:
-            if site in self.shapes:
-                raise OutsideError(f"{site} is reached twice")
-            self.shapes[site] = value.shape
+    def note(self, site: Site, value: torch.Tensor) -> None:
+        if site in self.shapes:
+            raise OutsideError(f"{site} is reached twice")
+        self.shapes[site] = value.shape
 
-        self.run(note)
-        self.order = {site: number for number, site in enumerate(self.shapes)}
-
-    def run(self, visit: Callable[[Site, torch.Tensor], torch.Tensor | None]) -> None:
-        """Runs the module; `visit` sees the value at each site, and what it returns replaces it."""
+    def run(self, sites: Iterable[Site], visit: Callable[[Site, torch.Tensor], torch.Tensor | None]) -> None:
+        """Runs the module; `visit` sees the value at each of the sites, and what it returns replaces it."""
         handles = []
-        for path, module in self.module.named_modules():
+        for site in sites:
+            module = self.module.get_submodule(site[0])
 
-            def before(_module: nn.Module, args: Any, path: str = path) -> Any:
-                new = visit((path, "input"), args[0])
+            def before(_module: nn.Module, args: Any, site: Site = site) -> Any:
+                new = visit(site, args[0])
                 return None if new is None else (new,)
 
-            def after(_module: nn.Module, _args: Any, out: Any, path: str = path) -> Any:
-                return visit((path, "output"), out)
+            def after(_module: nn.Module, _args: Any, out: Any, site: Site = site) -> Any:
+                return visit(site, out)
 
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+            hook = (
+                module.register_forward_pre_hook(before) if site[1] == "input" else module.register_forward_hook(after)
+            )
+            handles.append(hook)
         try:
             with torch.no_grad():
                 self.module(self.inputs.clone())
@@ -77,16 +84,17 @@ class ForwardRun:
     def get(self, site: Site) -> torch.Tensor:
         self.check()
         if site not in self.cells:
+            earlier = [each for each in self.cells if self.order[each] < self.order[site]]
             seen: list[torch.Tensor] = []
 
-            def visit(each: Site, value: torch.Tensor) -> torch.Tensor | None:
-                if each == site:
-                    seen.append(value.clone())
-                elif each in self.cells and self.order[each] < self.order[site]:
+            def visit(each: Site, value: torch.Tensor) -> torch.Tensor:
+                if each != site:
                     return self.cells[each].value.clone()
-                return None
+                seen.append(value.clone())
+                raise ReachedError
 
-            self.run(visit)
+            with contextlib.suppress(ReachedError):
+                self.run([*earlier, site], visit)
             self.cells[site] = Cell(seen[0], True, seen[0]._version)
         return self.cells[site].value
 
@@ -117,9 +125,11 @@ class ForwardRun:
 
 
 class Held:
-    """The forward in which a stand-in's accesses are, if any."""
+    """The forward in which a stand-in's accesses are, if any; and the sites' shapes, by the shape of the input."""
 
-    run: ForwardRun | None = None
+    def __init__(self) -> None:
+        self.run: ForwardRun | None = None
+        self.shapes: dict[torch.Size, dict[Site, torch.Size]] = {}
 
 
 class StandIn:
@@ -158,7 +168,7 @@ class StandIn:
     def trace(self, inputs: torch.Tensor) -> Iterator[None]:
         if self._held.run is not None:
             raise OutsideError("a trace within a trace")
-        self._held.run = ForwardRun(self._module, inputs)
+        self._held.run = ForwardRun(self._module, inputs, self._held.shapes.setdefault(inputs.shape, {}))
         try:
             yield
             self._held.run.check()

@@ -445,7 +445,10 @@ class Writer:
 
     def trace(self) -> None:
         mode = self.pick(["fixed", "fixed", "one", "one", "reads", "loop"])
-        layer = ""
+        layer, several = "", "(1, 3)"
+        if mode == "loop" and self.staged and self.chance(50):
+            numbers = self.pick(self.named("ints") or ["(2, 0)"])
+            several = self.bind("chosen", f"sorted({{n % {LAYERS} for n in {numbers}}})", "at")
         if mode in ("one", "reads"):
             # Chosen before the body: what names a module cannot wait for what the forward shows.
             layer = self.known() if not self.staged else self.bind("int", self.layer(), "at", fixed=True)
@@ -454,16 +457,16 @@ class Writer:
         self.floor, self.written = 0, False
         start = len(self.lines)
         for _ in range(self.choose(4) + 1):
-            self.access(mode, layer)
+            self.access(mode, layer, several)
         if self.written or self.chance(50) or len(self.lines) == start:
             self.bind("full", self.pick(["model.output", "model.head.output"]))
         self.indent -= 1
         self.scope = [Variable(v.name, v.kind, v.known, None, v.fixed) for v in self.scope]
 
-    def access(self, mode: str, layer: str) -> None:
+    def access(self, mode: str, layer: str, several: str) -> None:
         """One or two statements of a body."""
         if mode == "loop":
-            return self.body_loop()
+            return self.body_loop(several)
         kind = self.pick(["read", "read", "write", "write", "change", "log", "keep", "compute", "call", "if", "row"])
         if mode == "reads" and kind in ("write", "change", "if", "row"):
             kind = "read"
@@ -557,7 +560,7 @@ class Writer:
         self.line(f"{site} = {value}")
         self.scope = [Variable(v.name, v.kind, v.known, None, v.fixed) for v in self.scope]
 
-    def body_loop(self) -> None:
+    def body_loop(self, several: str) -> None:
         """A loop over layers in a body."""
         name = self.fresh("n")
         port, _ = self.pick(PORTS[1:])
@@ -568,9 +571,7 @@ class Writer:
                 with self.block(f"for {name} in model.layers:"):
                     self.line(f'LOG.append(("block", float({name}{port}.sum())))')
             case "known":
-                over = self.pick(["(0, 2)", "(1, 3)", "range(3)"])
-                if self.staged and self.chance(50):
-                    over = f"sorted({{n % {LAYERS} for n in {self.pick(self.named('ints') or ['layers'])}}})"
+                over = self.pick(["(0, 2)", several, "range(3)"])
                 self.written = True
                 with self.block(f"for {name} in {over}:"):
                     self.line(f"model.layers[{name}]{port}{self.pick(['[:, 0]', ''])} += {self.number()}")

@@ -118,7 +118,8 @@ def hooked(net: nn.Module) -> list[str]:
 
 def expected(text: str, net: nn.Module) -> list[dict[str, Any]]:
     namespace = load(text, intervene=lambda function: function, save=keep)
-    return [outcome(namespace, StandIn(net), **call) for call in CALLS]
+    model = StandIn(net)
+    return [outcome(namespace, model, **call) for call in CALLS]
 
 
 def compare(text: str, net: nn.Module) -> None:

@@ -1,0 +1,207 @@
+"""Programs that random ones were shrunk to: each is run by us and by the statement oracle."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from statement_oracle import StandIn
+from torch import nn
+
+from nnsight_compiler import NNsight, intervene
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.linear(x)) + 0.5 * x
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+NET = Net().eval()
+
+
+LOG: list[Any] = []
+FACTOR = 2
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def both(*arguments: Any) -> Callable[[Callable[..., Any]], None]:
+    """Runs a function by us and by the oracle, on an empty log each: equal results, logs and inputs."""
+
+    def check(function: Callable[..., Any]) -> None:
+        shown = []
+        for run, model in ((intervene(function), NNsight(NET)), (function, StandIn(NET))):
+            LOG.clear()
+            x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+            random.seed(0)
+            raised = ""
+            result = None
+            try:
+                result = run(model, x, *arguments)
+            except (ArithmeticError, LookupError, NameError, ValueError) as error:
+                raised = type(error).__name__
+            shown.append((plain(result), raised, list(LOG), plain(x)))
+        assert shown[0] == shown[1]
+
+    return check
+
+
+def test_an_except_names_the_exceptions_of_python() -> None:
+    @both([1, 2])
+    def run(model, x, numbers):
+        try:
+            LOG.append(numbers[5])
+        except IndexError:
+            LOG.append("none")
+        return "end"
+
+
+def test_a_value_that_is_logged_late_is_that_of_its_site() -> None:
+    @both(0.5)
+    def run(model, x, scale):
+        for _ in range(2):
+            scale -= 0.5
+        scale += FACTOR
+        with model.trace(x):
+            LOG.append(("late", float(model.layers[3].linear.output.sum())))
+            LOG.append(("early", float(model.layers[0].linear.output.sum())))  # the model then changes it in place
+            LOG.append(("early", float(model.layers[0].linear.output.sum())))
+
+
+def test_a_log_is_no_part_of_the_input() -> None:
+    @both()
+    def run(model, x):
+        with model.trace(x):
+            LOG.append(f"{len(LOG)}")
+        layer = random.randrange(4)
+        with model.trace(x):
+            h = model.layers[layer].output
+        return h
+
+
+def test_a_log_is_no_part_of_what_was_assigned() -> None:
+    @both()
+    def run(model, x):
+        def inner(n):
+            with model.trace(x):
+                for layer in (1, 3):
+                    model.layers[layer].act.output += FACTOR
+                for block in model.layers:
+                    LOG.append(float(block.output.sum()))
+                out = model.output
+            return out
+
+        first = inner(1)
+        layer = random.randrange(4)
+        with model.trace(x):
+            h = model.layers[layer].output
+        return first, h
+
+
+def test_a_condition_on_a_counter_of_a_loop_of_the_run() -> None:
+    @both()
+    def run(model, x):
+        count = 0
+        while count < 3 and random.random() < 0.9:
+            count += 1
+        with model.trace(x):
+            if count % 2:
+                model.layers[1].output = 0
+            out = model.output
+        return count, out
+
+
+def test_a_condition_on_the_variable_of_a_loop_of_the_run() -> None:
+    @both()
+    def run(model, x):
+        for n in range(random.randint(2, 3)):
+            with model.trace(x):
+                if n % 2:
+                    model.layers[1].output = 0
+                LOG.append(float(model.output.sum()))
+
+
+def test_a_break_in_a_try_in_a_loop_over_layers() -> None:
+    @both((0, 2), {2: "two"})
+    def run(model, x, layers, table):
+        for n in layers:
+            try:
+                with model.trace(x):
+                    LOG.append(float(model.layers[n].output.sum()))
+                LOG.append(table[n])
+                if n:
+                    break
+            except KeyError:
+                LOG.append("none")
+
+
+def test_a_nested_function_that_sees_the_loop_over_layers() -> None:
+    @both()
+    def run(model, x):
+        for n in (2, 0):
+
+            def inner():
+                with model.trace(x):
+                    h = model.layers[n].output  # noqa: B023
+                return h
+
+            LOG.append(float(inner().sum()))
+
+
+@pytest.mark.parametrize("kind", ["helper", "comprehension"])
+def test_an_undefined_name_is_an_error_where_nothing_uses_it(kind: str) -> None:
+    def undefined(model, x):
+        return nothing_at_all  # noqa: F821
+
+    def called(model, x):
+        undefined(model, x)
+
+    def comprehended(model, x):
+        values = [undefined(model, x) for n in range(2)]  # noqa: F841
+
+    both()(called if kind == "helper" else comprehended)
+
+
+def test_an_in_place_write_to_the_first_input_leaves_the_callers_tensor() -> None:
+    @both()
+    def run(model, x):
+        with model.trace(x):
+            model.layers[0].input[:, 0] = 5
+            out = model.output
+        return out
+
+
+def test_a_continue_on_a_layer_of_the_run() -> None:
+    @both()
+    def run(model, x):
+        layer = random.randrange(4)
+        with model.trace(x):
+            for number, block in enumerate(model.layers):
+                if number % 2 == layer % 2:
+                    continue
+                LOG.append((number, float(block.output.sum())))
