@@ -22,7 +22,7 @@ def axes_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
     Found once for each kind of input: prompts of other numbers of rows and tokens are of the same kind. The inputs are
     those of `trace`; weights are not loaded for it.
     """
-    args, kwargs = model._prepare(args, dict(kwargs))
+    args, kwargs = model._prepare(args, {name: value for name, value in kwargs.items() if name != "grad"})
     module = model._module
     inputs = input_axes(module, args, kwargs)
     rows, tokens = inputs.sizes(args, kwargs)

@@ -164,10 +164,20 @@ class Sampler:
 
     def _range(self, name: str, leaf: torch.Tensor) -> tuple[int, int]:
         """Between which numbers an integer input may lie: the vocabulary, or what was given."""
-        if name in ("input_ids", "decoder_input_ids") and is_transformers(self.module):
-            embeddings = getattr(self.module.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
-            if isinstance(embeddings, int):
-                return 0, embeddings - 1
+        vocabulary = _vocabulary(self.module) if name in ("input_ids", "decoder_input_ids") else None
+        if vocabulary is not None:
+            return 0, vocabulary - 1
         if leaf.is_meta or leaf.numel() == 0:
             return 0, 0
         return int(leaf.min()), int(leaf.max())
+
+
+def _vocabulary(module: nn.Module) -> int | None:
+    """How many tokens a model of transformers has embeddings for; `None` where it does not say."""
+    if not is_transformers(module):
+        return None
+    try:
+        size = getattr(module.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except NotImplementedError:  # a model with several kinds of input, such as CLIP
+        return None
+    return size if isinstance(size, int) else None
