@@ -157,7 +157,8 @@ def raised_by(
 
 
 def _shapes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    shapes = [str(list(each.shape)) for each in inside((*args, *kwargs.values())) if isinstance(each, torch.Tensor)]
+    held = reversed(list(inside((*args, *kwargs.values()))))
+    shapes = [str(list(each.shape)) for each in held if isinstance(each, torch.Tensor)]
     return f"the shapes here are {', '.join(shapes)}" if len(shapes) > 1 else f"the shape here is {''.join(shapes)}"
 
 

@@ -230,7 +230,12 @@ def test_a_wrong_shape_is_refused_by_line(model, clean) -> None:
             model.layers[1].output = value
             return model.lm_head.output
 
-    with pytest.raises(RunError, match=r"test_aliasing.py:\d+.*shape"):
+    with pytest.raises(CompileError, match=r"test_aliasing.py:\d+.*shape"):
+        experiment(model, clean, torch.zeros(1, 5, 32))
+    experiment(model, clean, torch.zeros(1, 6, 32))
+    with pytest.raises(
+        RunError, match=r"test_aliasing.py:\d+.*shape"
+    ):  # the program is compiled: it is the run's to say
         experiment(model, clean, torch.zeros(1, 5, 32))
 
 
