@@ -31,7 +31,7 @@ from nnsight_compiler.passes.facts import (
     immutable,
 )
 from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
-from nnsight_compiler.passes.known_calls import known_function, known_method
+from nnsight_compiler.passes.known_calls import METHODS, known_function, known_method, names_class
 
 if TYPE_CHECKING:
     pass
@@ -83,6 +83,9 @@ class Calls(Inlining):
         if isinstance(value, torch.nn.Module):
             return self._kept(op, function, arguments, MODULE_CALL)
         known = known_function(value)
+        if known is not None and known.target.startswith(METHODS):
+            # The receiver is the first argument only where the method is spelled with its class.
+            known = known if names_class(known.target, function.fact.text or "") else None
         if known is not None:
             self.specialiser.guards.rely_on_identity(function.fact)
             kept = self._kept(op, function, arguments, known.target, known)

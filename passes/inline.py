@@ -13,7 +13,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import walk
 from nnsight_compiler.ir.values import NONE, Value
-from nnsight_compiler.passes.behaviour import Behaviour, KnownCall
+from nnsight_compiler.passes.behaviour import Behaviour, KnownCall, behaviour_of
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
@@ -42,6 +42,12 @@ class Unreachable(Exception):  # noqa: N818  # control flow, not an error
     """An inlined helper raises on every path: control does not come back from the call."""
 
 
+def _as_given(function: Abstract, arguments: Arguments) -> list[ops.Argument]:
+    """The arguments of a call as rows of the table of known calls count them: the receiver of a method first."""
+    given = [replace(argument, value=abstract.operand or argument.value) for argument, abstract in arguments]
+    return [ops.Argument(NONE), *given] if isinstance(function.fact, Method) else given
+
+
 class Inlining:
     """Interprets the body of a function where it is called, or keeps the call."""
 
@@ -60,6 +66,8 @@ class Inlining:
         fact: Any = None,
     ) -> Abstract:
         """The call as an op of the specialised program."""
+        if known is not None and behaviour_of(known, _as_given(function, arguments)) is None:
+            target = known = None
         harmless = known is not None and known.behaviour in (Behaviour.PURE, Behaviour.VIEW, Behaviour.CONTAINER)
         for _, abstract in arguments:
             if isinstance(abstract.fact, Elements) and not harmless:

@@ -1,26 +1,29 @@
 """The table of known calls: what each function and method does to its arguments, by its name on the wire.
 
-`torch.nn.functional.relu` and `torch.Tensor.softmax` are torch's, `builtins.len` and `math.sqrt` Python's, and
-`method.append` is a method whose receiver is not known: what its row says holds for every container, string and tensor
-that has it. Rows are derived when they are first asked for. A call that is not in the table is a host call.
+`torch.nn.functional.relu` and `torch.Tensor.softmax` are torch's, `numpy.mean` numpy's, `builtins.len` and
+`math.sqrt` Python's, and `method.append` is a method whose receiver is not known: what its row says holds for every
+container, string, tensor and array that has it. Rows are derived when they are first asked for. A call that is not in
+the table is a host call; `host_calls` says why, of those that one might look for here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from functools import cache
-from types import MethodType
+from types import BuiltinMethodType, MethodType
 from typing import final
 
-from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place, words
-from nnsight_compiler.passes.known_python import python_method, python_methods, python_object, python_rows
-from nnsight_compiler.passes.known_torch import torch_identities, torch_object, torch_row, torch_targets
+from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place, behaviour_of, words
+from nnsight_compiler.passes.known_methods import TYPES, python_method, python_methods
+from nnsight_compiler.passes.known_numpy import numpy_rows
+from nnsight_compiler.passes.known_python import python_object, python_rows
+from nnsight_compiler.passes.known_torch import torch_callables, torch_object, torch_row, torch_targets
 
 __all__ = [
     "ALL",
     "CHANGES_MODULES",
     "EVERY",
+    "METHODS",
     "Behaviour",
     "KnownCall",
     "Place",
@@ -29,7 +32,12 @@ __all__ = [
     "known_function",
     "known_method",
     "known_target",
+    "names_class",
 ]
+
+CLASSES = ("torch.Tensor.", "numpy.ndarray.", "numpy.random.Generator.", "random.Random.")
+METHODS = (*CLASSES, "method.")
+"""How the names of methods begin whose first argument is the receiver: of a class, or of any object."""
 
 CHANGES_MODULES = frozenset(
     f"torch.Tensor.{name}"
@@ -51,6 +59,7 @@ class _Table(Mapping[str, KnownCall]):
     def __iter__(self) -> Iterator[str]:
         yield from torch_targets()
         yield from python_rows()
+        yield from numpy_rows()
         for name in python_methods():
             yield f"method.{name}"
 
@@ -68,7 +77,7 @@ def _find(target: str) -> KnownCall | None:
         return torch_row(target)
     if target.startswith("method."):
         return python_method(target.removeprefix("method."))
-    return python_rows().get(target)
+    return python_rows().get(target) or numpy_rows().get(target)
 
 
 def known_target(target: str) -> KnownCall:
@@ -77,20 +86,34 @@ def known_target(target: str) -> KnownCall:
 
 
 def known_function(function: object) -> KnownCall | None:
-    """The row of this very object; a function that only bears the same name is not known."""
-    target = _torch_names().get(id(function)) or _torch_name(function) or _python_name(function)
-    if target is None and isinstance(function, MethodType):
+    """The row of this very object; a function that only bears the same name is not known.
+
+    A function that has two names has the row of the first. Of bound methods those are known which do nothing to their
+    receiver: a row counts the receiver as an argument, and such a call does not show it.
+    """
+    target = _torch_names().get(id(function), (None, None))[1] or _torch_name(function) or _python_name(function)
+    if target is not None:
+        return _find(target)
+    if isinstance(function, MethodType):
         target = _python_name(function.__func__)
-    return None if target is None else _find(target)
+        row = None if target is None else _find(target)
+        if row is not None and row.behaviour is Behaviour.HARMLESS and _is_of_class(function, row):
+            return row
+    return None
+
+
+def _is_of_class(method: MethodType, row: KnownCall) -> bool:
+    holder = python_object(row.target.rpartition(".")[0])
+    return isinstance(holder, type) and isinstance(method.__self__, holder)
 
 
 @cache
-def _torch_names() -> dict[int, str]:
-    # The functions are attributes of torch's modules and live as long as the process, so that their ids stay theirs.
+def _torch_names() -> dict[int, tuple[object, str]]:
+    # The functions are kept beside their names, so that no other object can come to have the id of one.
     # The first name wins: where two modules share a function, the one listed first is its home.
-    names: dict[int, str] = {}
-    for identity, target in torch_identities():
-        names.setdefault(identity, target)
+    names: dict[int, tuple[object, str]] = {}
+    for function, target in torch_callables():
+        names.setdefault(id(function), (function, target))
     return names
 
 
@@ -101,10 +124,13 @@ def _torch_name(function: object) -> str | None:
 
 
 def _python_name(function: object) -> str | None:
-    """The name of a row of Python's whose callable is this object, among the modules that are loaded."""
+    """The name of a row of Python's or numpy's whose callable is this object, among the modules that are loaded."""
     name = getattr(function, "__name__", None)
+    bound = isinstance(function, (MethodType, BuiltinMethodType))
     for target in _python_names().get(name, ()) if isinstance(name, str) else ():
-        if python_object(target) == function:
+        found = python_object(target)
+        # A class method is another object each time it is looked up.
+        if found is function or (bound and type(found) is type(function) and found == function):
             return target
     return None
 
@@ -112,35 +138,29 @@ def _python_name(function: object) -> str | None:
 @cache
 def _python_names() -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
-    for target in python_rows():
+    for target in (*python_rows(), *numpy_rows()):
         names.setdefault(target.rpartition(".")[2], []).append(target)
     return names
 
 
-def known_method(name: str, *, tensor: bool = False) -> KnownCall | None:
-    """The row of a method on a receiver which is a `tensor`, or of which nothing is known.
+def known_method(name: str, *, of: type | None = None) -> KnownCall | None:
+    """The row of a method of a receiver of this class, or of one of which nothing is known.
 
     The latter is taken for a tensor's where tensors have it, unless a container or a string has one of that name too.
     """
-    ambiguous = None if tensor else python_method(name)
-    return ambiguous or _find(f"torch.Tensor.{name}")
+    if of is None:
+        return python_method(name) or _find(f"torch.Tensor.{name}")
+    if of in TYPES:
+        return python_method(name) if hasattr(of, name) else None
+    for holder in CLASSES:
+        if python_object(holder.rstrip(".")) is of:
+            return _find(holder + name)
+    return None
 
 
-def behaviour_of(known: KnownCall, keywords: Set[str]) -> KnownCall | None:
-    """The row of a call with these keyword arguments: `out=` and `inplace=` make it write.
-
-    `None` if a keyword brings a function of the user's which the call would run: then it is a host call.
-    """
-    if keywords & set(known.calls):
-        return None
-    if known.target.startswith("torch."):
-        if "out" in keywords:
-            return replace(known, behaviour=Behaviour.MUTATES, mutates=("out",), aliases=("out",), scalar=False)
-        if "inplace" in keywords:
-            return replace(known, behaviour=Behaviour.MUTATES, mutates=(0, "input"), aliases=(0, "input"))
-        if "max_norm" in keywords:
-            return replace(known, behaviour=Behaviour.MUTATES, mutates=(1, "weight"))
-    return known
+def names_class(target: str, text: str) -> bool:
+    """Whether a method is spelled with its class, as `torch.Tensor.relu(value)`: its receiver is then an argument."""
+    return target.startswith(CLASSES) and target.split(".")[-2:] == text.split(".")[-2:]
 
 
 def callable_of(target: str) -> object | None:

@@ -8,7 +8,9 @@ where they are listed in `FRESH`. What torch defines in Python has no schema and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional
 
-from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place, words
+from nnsight_compiler.passes.behaviour import EVERY, OUT, Behaviour, KnownCall, Option, Place, Takes, words
+from nnsight_compiler.passes.known_torch_python import by_hand
 
 FRESH = frozenset(
     words("""
@@ -28,7 +31,7 @@ FRESH = frozenset(
     dstack inner inverse isclose isfinite isreal kl_div kron l1_loss layer_norm less less_equal linalg_cond linalg_det
     linalg_eigvals linalg_eigvalsh linalg_inv linalg_matmul linalg_matrix_norm linalg_matrix_rank linalg_norm
     linalg_pinv linalg_slogdet linalg_solve linalg_svd linalg_svdvals linalg_vander linalg_vecdot linear log_softmax
-    logdet margin_ranking_loss matmul max_pool1d max_pool1d_with_indices max_pool2d max_pool3d moveaxis multiply
+    logdet margin_ranking_loss matmul max_pool1d max_pool1d_with_indices max_pool2d max_pool3d multiply
     nanmean nanmedian nanquantile negative nll_loss nll_loss_nd not_equal nuclear_norm outer pairwise_distance pdist
     pinverse poisson_nll_loss quantile rms_norm row_stack selu silu slogdet smm softmax special_digamma special_exp2
     special_expit special_expm1 special_gammaln special_log1p special_log_softmax special_logit special_logsumexp
@@ -42,98 +45,29 @@ FRESH = frozenset(
 
 _UNKNOWN = frozenset(
     words("""
-    set_ swap_ resize_ resize_as_ data is_leaf output_nr requires_grad retains_grad names compile cond while_loop vmap
-    fork wait apply_ map_ map2_ register_hook backward module_load storage untyped_storage _version rename_ rename
-    resize resize_as resize_as_sparse resize_as_sparse_ qscheme
+    set_ swap_ resize_ resize_as_ data is_leaf output_nr requires_grad retains_grad names apply_ map_ map2_
+    register_hook backward module_load storage untyped_storage _version rename_ rename resize resize_as
+    resize_as_sparse resize_as_sparse_ qscheme
     """)
 )
 """Operators that run code of the user's, or rearrange storage itself: left to be host calls."""
 
+_NO_FUNCTIONS = frozenset(words("compile cond while_loop vmap fork wait from_file"))
+"""Of these names, functions of `torch` run code of the user's or read files; elsewhere they are other things."""
+
+_DEVICES = (
+    *("cudnn_", "miopen_", "mkldnn_", "fbgemm_", "quantized_", "q_", "quantize_"),
+    *("native_batch_norm", "batch_norm_"),
+)
+"""Kernels of one device or layout, below what users call, whose schemas do not tell what they write."""
+
 _SCALAR = frozenset({"int", "float", "bool", "Scalar", "str", "Device", "ScalarType", "Layout", "QScheme", "SymInt"})
 
+_ARRAY_OUT = {"all": 2, "any": 2, "argmax": 2, "argmin": 2, "max": 2, "min": 2, "std": 3, "var": 3}
+"""Methods of tensors whose argument at this place is the `out` of an array's method of the same name."""
 
-def _listed() -> Iterator[KnownCall]:
-    """The rows without a schema, and those whose schema does not tell the whole."""
-    pure, view = Behaviour.PURE, Behaviour.VIEW
-    method, functional = "torch.Tensor.", "torch.nn.functional."
-    for name in words(
-        "size dim ndimension nelement numel element_size stride storage_offset data_ptr get_device is_contiguous "
-        "is_shared is_pinned is_same_size is_floating_point is_complex is_signed is_inference dim_order item "
-        "is_nonzero is_conj is_neg is_coalesced is_set_to storage_type __len__"
-    ):
-        yield KnownCall(method + name, pure, scalar=True, leaf=True)
-    for name in words("tolist unique unique_consecutive lu norm new_tensor new"):
-        yield KnownCall(method + name, pure)
-    for name in words(
-        "numpy float double half bfloat16 int long short char byte bool cfloat cdouble chalf cuda cpu xpu type to "
-        "type_as as_subclass pin_memory dequantize contiguous requires_grad_ share_memory_ retain_grad"
-    ):
-        writes: tuple[Place, ...] = (0,) if name in ("requires_grad_", "share_memory_", "retain_grad") else ()
-        yield KnownCall(method + name, Behaviour.MUTATES if writes else view, writes, (0,), leaf=True)
-    for name in words("split unsafe_chunk unsafe_split unsafe_split_with_sizes stft istft"):
-        yield KnownCall(method + name, view, aliases=(0,))
-
-    for name in words(
-        "is_tensor is_storage is_grad_enabled is_inference_mode_enabled get_default_dtype get_default_device "
-        "get_num_threads finfo iinfo device Size typename can_cast promote_types result_type "
-        "is_floating_point is_complex is_nonzero numel is_autocast_enabled "
-        "cuda.is_available cuda.device_count cuda.current_device cuda.memory_allocated cuda.max_memory_allocated"
-    ):
-        yield KnownCall("torch." + name, pure, scalar=True, leaf=True)
-    for name in words("tensor norm cdist tensordot block_diag lu unique unique_consecutive Generator unravel_index"):
-        yield KnownCall("torch." + name, pure)
-    for name in words("no_grad enable_grad inference_mode autocast amp.autocast"):
-        yield KnownCall("torch." + name, pure)
-    for name in words(
-        "as_tensor asarray from_numpy einsum broadcast_tensors atleast_1d atleast_2d atleast_3d cartesian_prod "
-        "chain_matmul meshgrid split unsafe_chunk unsafe_split unsafe_split_with_sizes stft istft "
-        "dequantize nn.Parameter"
-    ):
-        yield KnownCall("torch." + name, view, aliases=EVERY)
-    for name in words(
-        "set_grad_enabled set_num_threads set_default_dtype set_default_device set_printoptions "
-        "use_deterministic_algorithms set_float32_matmul_precision cuda.synchronize cuda.empty_cache "
-        "cuda.reset_peak_memory_stats"
-    ):
-        yield KnownCall("torch." + name, Behaviour.HARMLESS)
-    for name in words(
-        "manual_seed seed get_rng_state set_rng_state initial_seed cuda.manual_seed cuda.manual_seed_all"
-    ):
-        yield KnownCall("torch." + name, Behaviour.HARMLESS, random=True)
-    for name in words("pca_lowrank svd_lowrank"):
-        yield KnownCall("torch." + name, pure, random=True)
-    for prefix in ("torch.", functional):
-        first = 1 if prefix == functional else 3
-        for name in words("batch_norm instance_norm"):
-            yield KnownCall(prefix + name, Behaviour.MUTATES, (first, first + 1, "running_mean", "running_var"))
-
-    for name in words(
-        "threshold relu relu6 elu selu celu leaky_relu hardtanh hardsigmoid hardswish silu mish glu softmax "
-        "log_softmax softmin tanh sigmoid logsigmoid tanhshrink softsign layer_norm rms_norm group_norm "
-        "local_response_norm "
-        "cross_entropy nll_loss poisson_nll_loss gaussian_nll_loss kl_div binary_cross_entropy mse_loss l1_loss "
-        "binary_cross_entropy_with_logits smooth_l1_loss huber_loss margin_ranking_loss hinge_embedding_loss ctc_loss "
-        "multilabel_margin_loss multilabel_soft_margin_loss soft_margin_loss cosine_embedding_loss multi_margin_loss "
-        "triplet_margin_loss grid_sample affine_grid adaptive_avg_pool2d adaptive_avg_pool3d "
-        "lp_pool1d lp_pool2d lp_pool3d max_unpool1d max_unpool2d max_unpool3d linear normalize"
-    ):
-        yield KnownCall(functional + name, pure, leaf=True)
-    for name in words(
-        "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-        "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"
-    ):
-        yield KnownCall(functional + name, pure)
-    for name in words("interpolate upsample pad unfold fold"):
-        yield KnownCall(functional + name, view, aliases=(0, "input"), leaf=True)
-    for name in words("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu gumbel_softmax"):
-        yield KnownCall(functional + name, view, aliases=(0, "input"), random=True, leaf=True)
-    for name in words("fractional_max_pool2d fractional_max_pool3d"):
-        yield KnownCall(functional + name, pure, random=True)
-    for name in words("embedding embedding_bag"):
-        # `max_norm` renormalises the weight in place; `behaviour_of` sees it.
-        yield KnownCall(functional + name, pure, leaf=name == "embedding")
-    yield KnownCall(functional + "multi_head_attention_forward", view, aliases=EVERY, random=True)
-
+_FIRST = ("input", "x", "a", "x1")
+"""What Python calls the argument that schemas call `self`."""
 
 _SPACES: dict[str, str] = {
     "torch.Tensor.": "",
@@ -148,7 +82,19 @@ _SPACES: dict[str, str] = {
 
 @cache
 def _by_hand() -> dict[str, KnownCall]:
-    return {row.target: row for row in _listed()}
+    rows = (row if row.behaviour is Behaviour.HARMLESS else _writing_out(row) for row in by_hand())
+    return {row.target: row for row in rows}
+
+
+def _writing_out(row: KnownCall) -> KnownCall:
+    options = [*row.options, OUT]
+    space, _, name = row.target.rpartition(".")
+    if space == "torch.Tensor":
+        # An array, or a table of another library, may be the receiver of what looks like a tensor's method.
+        options.append(Option(("inplace",), (0,)))
+        if name in _ARRAY_OUT:
+            options.append(Option((_ARRAY_OUT[name],), (_ARRAY_OUT[name],)))
+    return replace(row, options=tuple(options))
 
 
 def torch_row(target: str) -> KnownCall | None:
@@ -158,11 +104,12 @@ def torch_row(target: str) -> KnownCall | None:
     for space, prefix in _SPACES.items():
         if target.startswith(space):
             name = target[len(space) :]
-            if not name.isidentifier() or name.startswith("__") or name in _UNKNOWN:
+            if not name.isidentifier() or name.startswith(("__", *_DEVICES)) or name in _UNKNOWN:
                 return None
-            if torch_object(target) is None:
+            if (space == "torch." and name in _NO_FUNCTIONS) or torch_object(target) is None:
                 return None
-            return _derived(target, prefix + name)
+            derived = _derived(target, prefix + name)
+            return None if derived is None else _writing_out(derived)
     return None
 
 
@@ -175,12 +122,12 @@ def _derived(target: str, name: str) -> KnownCall | None:
     schemas = [
         schema
         for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")
-        if torch._C._dispatch_has_kernel(_full_name(schema))
-        and not _writes_out(schema)
-        and "Dimname" not in schema.overload_name
+        if torch._C._dispatch_has_kernel(_full_name(schema)) and "Dimname" not in schema.overload_name
     ]
+    schemas = [schema for schema in schemas if not _writes_out(schema)]
     if not schemas:
         return None
+    takes = _takes(schemas) if target.startswith("torch.Tensor.") else None
     mutates: set[Place] = set()
     aliases: set[Place] = set()
     for schema in schemas:
@@ -188,11 +135,12 @@ def _derived(target: str, name: str) -> KnownCall | None:
         for position, argument in enumerate(schema.arguments):
             if argument.alias_info is None:
                 continue
+            places = {position, argument.name, *(_FIRST if position == 0 else ())}
             if argument.alias_info.is_write:
-                mutates |= {position, argument.name}
+                mutates |= places
             # An argument that is marked and not written is there for a view, be it inside a returned list.
             if not argument.alias_info.is_write or argument.alias_info.before_set & returned:
-                aliases |= {position, argument.name}
+                aliases |= places
     kinds = {str(result.type) for schema in schemas for result in schema.returns}
     scalar = bool(kinds) and kinds <= _SCALAR
     if not aliases and not scalar and name not in FRESH and any(map(_is_composed, schemas)):
@@ -207,7 +155,20 @@ def _derived(target: str, name: str) -> KnownCall | None:
         leaf=all(
             len(schema.returns) == 1 and str(schema.returns[0].type) in ("Tensor", *_SCALAR) for schema in schemas
         ),
+        takes=takes,
     )
+
+
+def _takes(schemas: list[Any]) -> Takes:
+    """How many arguments the overloads take. A list of numbers that stands alone may be spelled out: `view(2, 3)`."""
+    least, most, total = math.inf, 0.0, 0.0
+    for schema in schemas:
+        plain = [argument for argument in schema.arguments if not argument.kwarg_only]
+        spelled = len(plain) == 2 and str(plain[1].type).startswith("List[")
+        least = min(least, sum(not argument.has_default_value() for argument in plain) - spelled)
+        most = max(most, math.inf if spelled else len(plain))
+        total = max(total, math.inf if spelled else len(schema.arguments))
+    return Takes(int(min(least, most)), most, total)
 
 
 def _full_name(schema: Any) -> str:
@@ -257,14 +218,14 @@ def _members(space: str) -> list[str]:
     return sorted({name for each in spaces for name in vars(each) if not name.startswith("_")})
 
 
-def torch_identities() -> Iterator[tuple[int, str]]:
-    """`id` of every callable of torch's that may have a row, with its name; cheap, since no row is derived here."""
+def torch_callables() -> Iterator[tuple[object, str]]:
+    """Every callable of torch's that may have a row, with its name; cheap, since no row is derived here."""
     for target in _by_hand():
         found = torch_object(target)
         if found is not None:
-            yield id(found), target
+            yield found, target
             if hasattr(found, "__wrapped__"):  # torch's compiler may have wrapped what users imported before
-                yield id(found.__wrapped__), target
+                yield found.__wrapped__, target
     for space in _SPACES:
         holder: Any = torch
         for part in space.split(".")[1:-1]:
@@ -272,4 +233,4 @@ def torch_identities() -> Iterator[tuple[int, str]]:
         for name in _members(space):
             found = getattr(holder, name, None)
             if callable(found) and not isinstance(found, (type, ModuleType)):
-                yield id(found), space + name
+                yield found, space + name

@@ -212,6 +212,11 @@ class Memory:
                 return self._points_to.reach(self.roots(iterable)) & self.origins.iterators
             case ops.Unpack(value=value):
                 return self._points_to.reach(self.roots(value)) & self.origins.iterators
+            case ops.Build(elements=elements):
+                starred = [self.roots(element.value) for element in elements if element.starred]
+                return self._points_to.reach(NOTHING.union(*starred)) & self.origins.iterators
+            case ops.Operator(operator="in" | "not in", operands=parts):
+                return self._points_to.reach(self.roots(parts[-1])) & self.origins.iterators
             case ops.With(context=context):
                 definition = self.origins.definition(context)
                 known = isinstance(definition, ops.Call) and self.origins.known(definition) is not None

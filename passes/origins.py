@@ -11,11 +11,8 @@ from nnsight_compiler.ir.traverse import defined
 from nnsight_compiler.ir.types import TensorType
 from nnsight_compiler.ir.values import Literal, Operand, Slice, Tuple, Value
 from nnsight_compiler.passes.behaviour import EVERY, KnownCall, Place
-from nnsight_compiler.passes.known_calls import ALL, behaviour_of
+from nnsight_compiler.passes.known_calls import ALL, METHODS, behaviour_of, names_class
 from nnsight_compiler.passes.roots import Fresh, Root
-
-ITERATORS = ("builtins.zip", "builtins.enumerate", "builtins.iter", "builtins.reversed", "itertools.", "tqdm.")
-"""Calls that make iterators, which change when they are read."""
 
 
 class Origins:
@@ -49,20 +46,20 @@ class Origins:
     def known(self, call: ops.Call) -> KnownCall | None:
         """What is known of a call with these arguments; `None` for a host call or a call of a module."""
         row = ALL.get(call.target) if call.target is not None else None
-        if row is None:
-            return None
-        return behaviour_of(row, {argument.keyword for argument in call.arguments if argument.keyword is not None})
+        return None if row is None else behaviour_of(row, self.arguments(call))
 
     def arguments(self, call: ops.Call) -> tuple[Argument, ...]:
         """The arguments of a call with the receiver of a method first, as `KnownCall` counts them."""
-        if call.target is None or not call.target.startswith(("torch.Tensor.", "method.")):
+        if call.target is None or not call.target.startswith(METHODS):
             return call.arguments
         function = self.definition(call.function)
         if not isinstance(function, ops.Attribute):
             # A bound method that came through a variable: its parts take in the receiver's.
             return (Argument(call.function), *call.arguments)
         match self.definition(function.object):
-            case ops.Attribute(name="Tensor") | ops.Global(name="Tensor" | "list" | "dict" | "set" | "str"):
+            case ops.Attribute(name=name) | ops.Global(name=name) if names_class(
+                call.target, f"{name}.{function.name}"
+            ):
                 # `torch.Tensor.method(receiver, …)`
                 return call.arguments
             case _:
@@ -113,11 +110,11 @@ class Origins:
             case ops.Operator(result=result):
                 if self.makes_tensor(op):
                     self._tensors.add(result.name)
-            case ops.Call(result=result, target=target):
+            case ops.Call(result=result):
                 known = self.known(op)
                 if known is not None and known.leaf:
                     self._tensors.add(result.name)
-                if target is not None and target.startswith(ITERATORS):
+                if known is not None and known.iterator:
                     self.iterators.add(Fresh(result.name))
                 function = self.definition(op.function)
                 if isinstance(function, ops.Closure) and function.generator:

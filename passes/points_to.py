@@ -342,7 +342,7 @@ class PointsTo:
             return
         own = {Fresh(op.result.name)}
         self._add(op.result, own)
-        if op.in_place:
+        if op.in_place or (op.operator == "+" and len(given) == 1):  # `+value` of a tensor is the tensor
             self._add(op.result, given[0])
         if not self.origins.makes_tensor(op):
             inside = set().union(*map(self.parts, op.operands))
