@@ -20,6 +20,7 @@ from nnsight_compiler.ir.errors import CompileError
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
+from nnsight_compiler.tracebacks import trimmed
 
 _texts = itertools.count()
 """Numbers the texts given to `from_source`."""
@@ -155,12 +156,16 @@ class Experiment:
         return self._cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values = self._bind(*args, **kwargs)
-        cache = self._cache or self._held()
-        found = cache.find(values)
-        if found is None:
-            found = cache.get(values, dict(zip(cache.names, values, strict=True)))
-        return found.plan.run(*values)
+        try:
+            values = self._bind(*args, **kwargs)
+            cache = self._cache or self._held()
+            found = cache.find(values)
+            if found is None:
+                found = cache.get(values, dict(zip(cache.names, values, strict=True)))
+            return found.plan.run(*values)
+        except Exception as error:
+            error.__traceback__ = trimmed(error)
+            raise
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         return self if instance is None else MethodType(self, instance)

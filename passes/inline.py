@@ -133,8 +133,11 @@ class Inlining:
             given.insert(0, (ops.Argument(NONE), self._receiver(function, value)))
         defaults = [constant_object(default) for default in plain.__defaults__ or ()]
         keyword_defaults = {name: constant_object(held) for name, held in (plain.__kwdefaults__ or {}).items()}
-        if isinstance(function.fact, Known):
-            self.specialiser.guards.rely_on_identity(function.fact)
+        match function.fact:
+            case Known() as known:
+                self.specialiser.guards.rely_on_definition(known)
+            case Method(receiver=Abstract(fact=Known(text=str(text))), name=name):
+                self.specialiser.guards.rely_on_definition(Known(plain, f"{text}.__class__.{name}"))
         try:
             bound = self._bind(program.parameters, defaults, keyword_defaults, given, op.span)
             return self._inline(
