@@ -222,7 +222,7 @@ def _enter(key: _Key, frame: FrameType) -> _Site:
     with _lock:
         block = lower_block(frame)
         found = _sites[key] = _Site(block, Cache(block.program, frame.f_globals, _cells(frame)))
-        if len(_sites) > _MOST_SITES:
+        while len(_sites) > _MOST_SITES:
             del _sites[next(iter(_sites))]
     return found
 

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple, final
 
 from nnsight_compiler.compilation import PASSES, Compiled, compile_program, lower_program
 from nnsight_compiler.frontend import lower_function, lower_source
+from nnsight_compiler.html import program_html, stages_html
 from nnsight_compiler.ir.errors import CompileError
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
+from nnsight_compiler.reloading import follow_autoreload
 from nnsight_compiler.tracebacks import trimmed
 
 _texts = itertools.count()
@@ -48,6 +50,9 @@ class Lowered:
 
     def __str__(self) -> str:
         return str(self.program)
+
+    def _repr_html_(self) -> str:
+        return stages_html(self.program, self.stages)
 
     def compile(self) -> Compiled:
         """The plan for this program, with the generated functions in `.source`."""
@@ -198,6 +203,9 @@ class Experiment:
     def __repr__(self) -> str:
         return f"<experiment {self._function.__qualname__}{self._signature}>"
 
+    def _repr_html_(self) -> str:
+        return program_html(self.ir)
+
 
 def _stage(result: PassResult) -> tuple[str, Program]:
     return result.name, result.program
@@ -248,6 +256,7 @@ class _Intervene:
             )
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"@intervene decorates plain functions: `{function.__name__}` is an `async def`")
+        follow_autoreload(Experiment)
         return Experiment(function)
 
     @staticmethod

@@ -56,11 +56,11 @@ def _remembered(name: str, lines: list[str]) -> str:
     """The name, or one like it where another text has it, under which `linecache` has the lines from now on."""
     while _texts.get(name, lines) != lines:
         name += "'"  # cells of a notebook that another one runs share a number
-    if name not in _texts and len(_texts) >= _RECENT:
+    _texts[name] = lines
+    while len(_texts) > _RECENT:
         forgotten = next(iter(_texts))
         del _texts[forgotten]
         linecache.cache.pop(forgotten, None)
-    _texts[name] = lines
     linecache.cache[name] = sum(map(len, lines)), None, lines, name
     return name
 

@@ -14,14 +14,15 @@ from nbformat import NotebookNode
 
 START = """
 import os, sys
-os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from torch import nn
 torch.set_num_threads(1)
-from nnsight_compiler import LanguageModel, NNsight, intervene
+from nnsight_compiler import NNsight, intervene
 
-model = LanguageModel("tiny", dispatch=True)
-prompt, other = "The Eiffel Tower is in the city of", "The Space Needle is in the city of"
+torch.manual_seed(0)
+plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).eval()
+model = NNsight(plain)
+X = torch.randn(2, 4)
 """
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -61,30 +62,27 @@ class Cell:
 class Kernel:
     """A running kernel. Calling it runs a cell."""
 
-    def __init__(self, client: NotebookClient) -> None:
+    def __init__(self, client: NotebookClient, folder: Path) -> None:
         self.client = client
+        self.folder = folder
 
-    def __call__(self, source: str) -> Cell:
-        """Runs a cell that may fail."""
+    def run(self, source: str) -> Cell:
+        """Runs a cell, which may fail."""
         node = nbformat.v4.new_code_cell(textwrap.dedent(source).strip("\n"))
         self.client.nb.cells.append(node)
         return Cell(self.client.execute_cell(node, len(self.client.nb.cells) - 1))
 
-    def ok(self, source: str) -> Cell:
-        """Runs a cell that must not fail."""
-        cell = self(source)
+    def __call__(self, source: str) -> Cell:
+        """Runs a cell that must not fail, nor warn."""
+        cell = self.run(source)
         assert not cell.error, cell.traceback
         assert not cell.warned, cell.warned
         return cell
 
-    def value(self, expression: str) -> str:
-        """The text form of an expression's value in the kernel."""
-        return self.ok(f"print(repr({expression}))").printed.rstrip("\n")
-
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
-    folder: Path = tmp_path_factory.mktemp("kernel")
+    folder = tmp_path_factory.mktemp("kernel")
     client = NotebookClient(
         nbformat.v4.new_notebook(),
         kernel_name="python3",
@@ -93,6 +91,6 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
         resources={"metadata": {"path": str(folder)}},
     )
     with client.setup_kernel():
-        started = Kernel(client)
-        assert not started(START).error
+        started = Kernel(client, folder)
+        started(START)
         yield started
