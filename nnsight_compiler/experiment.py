@@ -51,6 +51,9 @@ class Lowered:
     def __str__(self) -> str:
         return str(self.program)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what IPython asks for
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         return stages_html(self.program, self.stages)
 

@@ -20,7 +20,7 @@ _STYLE = """
 """
 _OPEN_DEPTH = 2
 """How many levels are open at first: the model and its trunk."""
-_MOST = 2000
+_MOST = 1000
 """How many modules are shown."""
 
 
@@ -43,7 +43,8 @@ def _node(node: Node, depth: int, remaining: Iterator[int]) -> Iterator[str]:
         yield f'<div class="leaf">{named}{escape(node.description)}){shapes}{size}</div>'
         return
     yield f"<details{' open' if depth < _OPEN_DEPTH else ''}>"
-    yield f"<summary>{named}{escape(node.description)}{size}</summary>"
+    closed = f"{node.description})".removesuffix("()")
+    yield f"<summary>{named}{escape(closed)}{size}</summary>"
     if weights:
         yield f'<div class="weights">{escape("  ".join(weights))}</div>'
     for number, child in enumerate(children):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,8 @@ _STYLE = """
 .nnsightc-program table { border-collapse: collapse; font-size: inherit; margin: 0; }
 .nnsightc-program td, .nnsightc-program th { border: 0; padding: 0 0.8em 0 0; text-align: left; vertical-align: top;
   white-space: pre; font-family: monospace; line-height: 1.45; background: none; }
-.nnsightc-program th { font-weight: normal; opacity: 0.65; padding-bottom: 0.3em; }
+.nnsightc-program th { font-weight: normal; opacity: 0.65; padding-bottom: 0.3em;
+  white-space: normal; max-width: 60em; }
 .nnsightc-program td.line { opacity: 0.5; text-align: right; user-select: none; }
 .nnsightc-program td.ir { border-left: 1px solid rgba(128, 128, 128, 0.5); padding-left: 0.8em; }
 .nnsightc-program td.again { opacity: 0.5; }
@@ -32,13 +33,13 @@ _STYLE = """
 @final
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A line of source, with the lines of the program that come from it.
+    """Lines of source, and the lines of the program that come from the first of them.
 
-    again: the source line stood in an earlier row, or is no line of the function.
+    again: that line stood in an earlier row, or is no line of the function.
     """
 
-    number: str
-    source: str
+    numbers: Sequence[str]
+    source: Sequence[str]
     ir: str
     again: bool = False
 
@@ -64,32 +65,49 @@ def _page(content: str) -> str:
 
 
 def _table(program: Program) -> str:
-    file = program.span.file
+    known = [f"for {program.target}"] if program.target else []
+    for word, texts in (("given", program.given), ("after", program.passes)):
+        known += [f"{word} {', '.join(texts)}"] if texts else []
     rows = "".join(
-        f'<tr><td class="line">{escape(each.number)}</td><td class="{"again" if each.again else "source"}">'
-        f'{escape(each.source)}</td><td class="ir">{escape(each.ir)}</td></tr>'
-        for each in _rows(program)
+        f'<tr><td class="line">{_lines(row.numbers)}</td><td class="{"again" if row.again else "source"}">'
+        f'{_lines(row.source)}</td><td class="ir">{escape(row.ir)}</td></tr>'
+        for row in _rows(replace(program, target="", given=(), passes=()))
     )
-    return f'<table><tr><th></th><th>{escape(Path(file).name)}</th><th class="ir">IR</th></tr>{rows}</table>'
+    titles = f"<th></th><th>{escape(Path(program.span.file).name)}</th>"
+    return f'<table><tr>{titles}<th class="ir">{escape(" ".join(["IR", *known]))}</th></tr>{rows}</table>'
 
 
-def _rows(program: Program) -> Iterator[_Row]:
+def _lines(texts: Sequence[str]) -> str:
+    return escape("\n".join(texts))
+
+
+def _rows(program: Program) -> list[_Row]:
+    """The rows of a program's table. Lines that nothing comes from join the row of the line before them."""
+    rows: list[_Row] = []
+    for row in _single_rows(program):
+        if rows and not row.ir and not rows[-1].again:
+            above = rows.pop()
+            row = replace(above, numbers=(*above.numbers, *row.numbers), source=(*above.source, *row.source))
+        rows.append(row)
+    return rows
+
+
+def _single_rows(program: Program) -> Iterator[_Row]:
     file = program.span.file
     lines = linecache.getlines(file)
     own = _own_lines(program, lines)
     shown = own.start
     for (place, number), group in groupby(program_lines(program), key=lambda line: (line.file, line.number)):
         ir = "\n".join(line.text for line in group)
-        if place != file or number not in own:
-            where = str(number) if place == file else f"{Path(place).name}:{number}"
-            yield _Row(where, linecache.getline(place, number).rstrip(), ir, again=True)
-            continue
-        for between in range(shown, number):
-            yield _Row(str(between), lines[between - 1].rstrip(), "")
-        yield _Row(str(number), lines[number - 1].rstrip(), ir, again=number < shown)
-        shown = max(shown, number + 1)
+        inside = place == file and number in own
+        for between in range(shown, number if inside else shown):
+            yield _Row((str(between),), (lines[between - 1].rstrip(),), "")
+        where = str(number) if place == file else f"{Path(place).name}:{number}"
+        again = not inside or number < shown
+        yield _Row((where,), (linecache.getline(place, number).rstrip(),), ir, again)
+        shown = max(shown, number + 1) if inside else shown
     for after in range(shown, own.stop):
-        yield _Row(str(after), lines[after - 1].rstrip(), "")
+        yield _Row((str(after),), (lines[after - 1].rstrip(),), "")
 
 
 def _own_lines(program: Program, lines: Sequence[str]) -> range:

@@ -33,7 +33,7 @@ class Node:
 
     @property
     def description(self) -> str:
-        """The module's class, with what it says of itself: `Linear(in_features=4, out_features=4, bias=True`."""
+        """The module's class and what it says of itself, not closed: `Linear(in_features=4, out_features=4`."""
         return f"{type(self.modules[0]).__name__}({self.modules[0].extra_repr()}"
 
     def children(self) -> Iterator[Node]:
