@@ -165,7 +165,7 @@ class Trace:
             compiled = site.cache.get(values, given)
             results = compiled.plan.run(*values)
         except Exception as error:
-            _sites.pop(key, None)  # a cell that is run again has another number then, and its errors say so
+            _forget_cell(key)
             error.__traceback__ = trimmed(error)
             raise
         exported = _exported(site.block, compiled, results)
@@ -225,6 +225,13 @@ def _enter(key: _Key, frame: FrameType) -> _Site:
         while len(_sites) > _MOST_SITES:
             del _sites[next(iter(_sites))]
     return found
+
+
+def _forget_cell(key: _Key) -> None:
+    """Forgets a block of a notebook's cell that failed: run again, the cell has another number, and errors say so."""
+    found = _sites.get(key)
+    if found is not None and found.block.program.span.file != key[1]:
+        _sites.pop(key, None)
 
 
 def _cells(frame: FrameType) -> dict[str, Any]:

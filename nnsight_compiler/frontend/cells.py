@@ -41,8 +41,8 @@ class _Magic:
 
 def cell_name(file: str) -> str:
     """The name by which a reader knows a file: a cell's number, as in IPython's own tracebacks, or its own name."""
-    shell = _shell()
-    label = None if shell is None else shell.compile.format_code_name(file)
+    naming = getattr(getattr(_shell(), "compile", None), "format_code_name", None)  # since IPython 8
+    label = naming(file) if naming is not None else None
     return file if label is None else str(label[1])
 
 

@@ -427,3 +427,65 @@ def test_clearing_while_others_call():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# --- functions that are changed in place, as IPython's autoreload does ---
+
+
+def changing(module, factor=2.0, *, shift=0.0):
+    return module.output * factor + shift
+
+
+class Changing:
+    def part(self, module):
+        return module.output * 3
+
+
+class Other:
+    def part(self, module):
+        return module.output * 7
+
+
+held = Changing()
+
+
+@intervene
+def uses_function(model, x):
+    with model.trace(x):
+        out = changing(model.first)
+    return out
+
+
+@intervene
+def uses_method(model, x):
+    with model.trace(x):
+        out = held.part(model.first)
+    return out
+
+
+def test_new_code_and_new_defaults_of_an_inlined_function_are_used(stack, plain_stack, batch, monkeypatch, grab):
+    value = grab(plain_stack, batch, "first")
+
+    def doubled(module, factor=2.0, *, shift=0.0):
+        return module.output * factor * 2 + shift
+
+    assert torch.equal(uses_function(stack, batch), value * 2)
+    monkeypatch.setattr(changing, "__code__", doubled.__code__)
+    assert torch.equal(uses_function(stack, batch), value * 4)
+    monkeypatch.setattr(changing, "__defaults__", (5.0,))
+    assert torch.equal(uses_function(stack, batch), value * 5 * 2)
+    monkeypatch.setattr(changing, "__kwdefaults__", {"shift": 1.0})
+    assert torch.equal(uses_function(stack, batch), value * 5 * 2 + 1)
+    monkeypatch.undo()
+    assert torch.equal(uses_function(stack, batch), value * 2)
+
+
+def test_an_inlined_method_is_that_of_the_objects_class_now(stack, plain_stack, batch, monkeypatch, grab):
+    value = grab(plain_stack, batch, "first")
+    assert torch.equal(uses_method(stack, batch), value * 3)
+    monkeypatch.setitem(globals(), "held", Other())
+    assert torch.equal(uses_method(stack, batch), value * 7)
+    monkeypatch.setattr(Other.part, "__code__", Changing.part.__code__)
+    assert torch.equal(uses_method(stack, batch), value * 3)
+    monkeypatch.undo()
+    assert torch.equal(uses_method(stack, batch), value * 3)
