@@ -144,7 +144,7 @@ def _helper(function: FunctionType) -> Program:
     found = _helpers.get(key)
     if found is None:
         found = _helpers[key] = lower_function(function)
-        if len(_helpers) > _MOST_HELPERS:
+        while len(_helpers) > _MOST_HELPERS:
             _helpers.pop(next(iter(_helpers)), None)
     return found
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
-import itertools
 import linecache
 import sys
 import textwrap
@@ -23,9 +23,6 @@ from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
 from nnsight_compiler.reloading import follow_autoreload
 from nnsight_compiler.tracebacks import trimmed
-
-_texts = itertools.count()
-"""Numbers the texts given to `from_source`."""
 
 
 class CacheInfo(NamedTuple):
@@ -270,7 +267,7 @@ class _Intervene:
         """
         scope = sys._getframe(1).f_globals if globals is None else globals
         text = textwrap.dedent(text)
-        file = f"<from_source {next(_texts)}>"
+        file = f"<from_source {hashlib.sha256(text.encode()).hexdigest()[:8]}>"  # one name for one text
         linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file  # for tracebacks
         program = lower_source(text, file)
         made: dict[str, Any] = {}

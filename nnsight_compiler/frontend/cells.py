@@ -104,8 +104,11 @@ def _entered(shell: Any) -> Iterator[_Magic]:
             continue
         for node in ast.walk(_parsed(text)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MAGICS:
-                name, line, *body = [str(each.value) for each in node.args if isinstance(each, ast.Constant)]
-                yield _Magic(number, name, line, body[0] if body else None)
+                match [str(each.value) for each in node.args if isinstance(each, ast.Constant)]:
+                    case [name, line]:
+                        yield _Magic(number, name, line, None)
+                    case [name, line, body]:
+                        yield _Magic(number, name, line, body)
 
 
 def _readings(shell: Any, magic: _Magic) -> Iterator[tuple[list[str], Iterator[ast.Module]]]:

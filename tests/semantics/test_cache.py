@@ -1,12 +1,13 @@
 """What compiles again and what does not: `.cache_info()` against results of plain hooks."""
 
+import linecache
 import threading
 
 import pytest
 import torch
 from torch import nn
 
-from nnsight_compiler import NNsight, intervene
+from nnsight_compiler import NNsight, compilation, intervene
 
 torch.set_num_threads(1)
 SCALE = 2.0
@@ -489,3 +490,28 @@ def test_an_inlined_method_is_that_of_the_objects_class_now(stack, plain_stack, 
     assert torch.equal(uses_method(stack, batch), value * 3)
     monkeypatch.undo()
     assert torch.equal(uses_method(stack, batch), value * 3)
+
+
+def test_helpers_that_were_lowered_are_forgotten_where_there_are_many(stack, plain_stack, batch, monkeypatch, grab):
+    monkeypatch.setattr(compilation, "_MOST_HELPERS", 3)
+    value = grab(plain_stack, batch, "first")
+    for number in range(6):
+        scope = {}
+        source = f"def helper(module):\n    return module.output * {number}\n"
+        file = f"<helper {number}>"
+        linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+        exec(compile(source, file, "exec"), scope)
+        monkeypatch.setitem(globals(), "many", scope["helper"])
+        assert torch.equal(uses_many(stack, batch), value * number)
+    assert len(compilation._helpers) <= 3
+
+
+def many(module):
+    return module.output
+
+
+@intervene
+def uses_many(model, x):
+    with model.trace(x):
+        out = many(model.first)
+    return out
