@@ -19,10 +19,12 @@ from typing import Any, NoReturn, final
 from nnsight_compiler.cache import Cache
 from nnsight_compiler.compilation import Compiled
 from nnsight_compiler.frontend import Block, lower_block
+from nnsight_compiler.frontend.cells import cell_name
 from nnsight_compiler.ir.errors import ExperimentError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.runtime.sites import holds_tensor
 from nnsight_compiler.runtime.support import UNBOUND
+from nnsight_compiler.tracebacks import trimmed
 
 
 class _Skip(BaseException):
@@ -38,13 +40,13 @@ class _Refusing:
 
     __slots__ = ()
 
-    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+    def _refuse(self) -> NoReturn:
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_repr_") or name.startswith("_ipython_"):
             raise AttributeError(name)
-        self._refuse()
+        _refused(self)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
@@ -64,7 +66,7 @@ class Unsaved(_Refusing):
     def __repr__(self) -> str:
         return f"<unsaved value `{self._name}` of {self._span}>"
 
-    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+    def _refuse(self) -> NoReturn:
         raise UnsavedValueError(
             f"{self._span}: `{self._name}` is a value of the model that was not saved, so it is gone after the trace\n"
             f"  way out: save it where it is made: `{self._name} = ….save()`"
@@ -83,7 +85,7 @@ class Deleted(_Refusing):
     def __repr__(self) -> str:
         return f"<`{self._name}`, which a trace left without a value>"
 
-    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+    def _refuse(self) -> NoReturn:
         raise UnboundLocalError(f"cannot access local variable '{self._name}' where it is not associated with a value")
 
 
@@ -93,6 +95,15 @@ def _parts(value: Any) -> Iterator[Any]:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
     for each in inner:
         yield from _parts(each)
+
+
+def _refused(self: _Refusing, *args: object, **kwargs: object) -> NoReturn:
+    """Raises as if from the line that used it."""
+    try:
+        self._refuse()
+    except Exception as error:
+        error.__traceback__ = None
+        raise
 
 
 _ARITHMETIC = (
@@ -106,7 +117,7 @@ for _name in (
     *(f"__{name}__" for name in ("len", "iter", "next", "reversed", "contains", "getitem", "setitem", "delitem")),
     *(f"__{name}__" for name in ("call", "enter", "exit", "setattr", "delattr", "copy", "deepcopy", "reduce_ex")),
 ):
-    setattr(_Refusing, _name, lambda self, *args, **kwargs: self._refuse(*args, **kwargs))
+    setattr(_Refusing, _name, _refused)
 
 
 @final
@@ -118,7 +129,10 @@ class _Site:
     cache: Cache
 
 
-_sites: dict[tuple[CodeType, int, int], _Site] = {}
+_Key = tuple[CodeType, str, int, int]
+"""A place in some code, and the globals that it runs with. Code that is equal may come from two cells."""
+_sites: dict[_Key, _Site] = {}
+_MOST_SITES = 1000
 _lock = threading.Lock()
 
 
@@ -135,7 +149,7 @@ class Trace:
             frame = frame.f_back
         if not _opens_with(frame):
             raise ExperimentError(
-                f"{frame.f_code.co_filename}:{frame.f_lineno}: `.{method}(…)` without `with` runs nothing\n"
+                f"{cell_name(frame.f_code.co_filename)}:{frame.f_lineno}: `.{method}(…)` without `with` runs nothing\n"
                 f"  way out: write `with model.{method}(…):` and the body below it; for a plain run, call the model"
             )
 
@@ -144,10 +158,16 @@ class Trace:
             raise ExperimentError("a trace runs once: write `model.trace(…)` in the `with` itself")
         self._entered = True
         frame = sys._getframe(1)
-        site = _site(frame)
-        values = self._arguments(site, frame)
-        compiled = site.cache.get(values)
-        results = compiled.plan.run(*values)
+        key = frame.f_code, frame.f_code.co_filename, frame.f_lasti, id(frame.f_globals)
+        try:
+            site = _sites.get(key) or _enter(key, frame)
+            values = self._arguments(site, frame)
+            compiled = site.cache.get(values)
+            results = compiled.plan.run(*values)
+        except Exception as error:
+            _forget_cell(key)
+            error.__traceback__ = trimmed(error)
+            raise
         exported = _exported(site.block, compiled, results)
         self._skip(frame, exported)
         return self
@@ -194,16 +214,21 @@ class Trace:
         sys.settrace(lambda *_: None)
 
 
-def _site(frame: FrameType) -> _Site:
-    """The block that a frame is entering: found and lowered once for each place in the code."""
-    key = (frame.f_code, frame.f_lasti, id(frame.f_globals))
-    found = _sites.get(key)
-    if found is None:
-        with _lock:
-            block = lower_block(frame)
-            cells = _cells(frame)
-            found = _sites[key] = _Site(block, Cache(block.program, frame.f_globals, cells))
+def _enter(key: _Key, frame: FrameType) -> _Site:
+    """The block that a frame is entering, lowered. The oldest gives way to it where there are many."""
+    with _lock:
+        block = lower_block(frame)
+        found = _sites[key] = _Site(block, Cache(block.program, frame.f_globals, _cells(frame)))
+        while len(_sites) > _MOST_SITES:
+            del _sites[next(iter(_sites))]
     return found
+
+
+def _forget_cell(key: _Key) -> None:
+    """Forgets a block of a notebook's cell that failed: run again, the cell has another number, and errors say so."""
+    found = _sites.get(key)
+    if found is not None and found.block.program.span.file != key[1]:
+        _sites.pop(key, None)
 
 
 def _cells(frame: FrameType) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, final
 from weakref import WeakKeyDictionary
 
@@ -178,15 +178,19 @@ def lower_program(
 
 # --- helpers, lowered once ---
 
-_helpers: dict[Any, Program] = {}
+_helpers: dict[tuple[CodeType, str], Program] = {}
+_MOST_HELPERS = 1000
 
 
 def _helper(function: FunctionType) -> Program:
-    """The IR of a helper function; lowered once for each piece of code."""
-    code = function.__code__
-    if code not in _helpers:
-        _helpers[code] = lower_function(function)
-    return _helpers[code]
+    """The IR of a helper function; lowered once for each piece of code. The oldest gives way where there are many."""
+    key = function.__code__, function.__code__.co_filename  # code that is equal may come from two cells
+    found = _helpers.get(key)
+    if found is None:
+        found = _helpers[key] = lower_function(function)
+        while len(_helpers) > _MOST_HELPERS:
+            _helpers.pop(next(iter(_helpers)), None)
+    return found
 
 
 # --- the order of sites ---

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
-import itertools
 import linecache
 import sys
 import textwrap
@@ -17,14 +17,14 @@ from nnsight_compiler.cache import Cache, CacheInfo
 from nnsight_compiler.compilation import PASSES, Compiled, lower_program
 from nnsight_compiler.explain import Explanation, explain
 from nnsight_compiler.frontend import lower_function, lower_source
+from nnsight_compiler.html import program_html, stages_html
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.passes.manager import Observer, PassResult
+from nnsight_compiler.reloading import follow_autoreload
+from nnsight_compiler.tracebacks import trimmed
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Report
-
-_texts = itertools.count()
-"""Numbers the texts given to `from_source`."""
 
 
 @final
@@ -41,6 +41,12 @@ class Lowered:
 
     def __str__(self) -> str:
         return str(self.program)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what IPython asks for
+        printer.text(str(self))
+
+    def _repr_html_(self) -> str:
+        return stages_html(self.program, self.stages)
 
     def compile(self) -> Compiled:
         """The plan for this program, with the generated functions in `.source`."""
@@ -73,9 +79,13 @@ class Experiment:
         return self._cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values = self._bind(*args, **kwargs)
-        cache = self._cache or self._held()
-        return (cache.find(values) or cache.get(values)).plan.run(*values)
+        try:
+            values = self._bind(*args, **kwargs)
+            cache = self._cache or self._held()
+            return (cache.find(values) or cache.get(values)).plan.run(*values)
+        except Exception as error:
+            error.__traceback__ = trimmed(error)
+            raise
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         return self if instance is None else MethodType(self, instance)
@@ -121,6 +131,9 @@ class Experiment:
 
     def __repr__(self) -> str:
         return f"<experiment {self._function.__qualname__}{self._signature}>"
+
+    def _repr_html_(self) -> str:
+        return program_html(self.ir)
 
 
 def _stage(result: PassResult) -> tuple[str, Program]:
@@ -172,6 +185,7 @@ class _Intervene:
             )
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"@intervene decorates plain functions: `{function.__name__}` is an `async def`")
+        follow_autoreload(Experiment)
         return Experiment(function)
 
     @staticmethod
@@ -182,7 +196,7 @@ class _Intervene:
         """
         scope = sys._getframe(1).f_globals if globals is None else globals
         text = textwrap.dedent(text)
-        file = f"<from_source {next(_texts)}>"
+        file = f"<from_source {hashlib.sha256(text.encode()).hexdigest()[:8]}>"  # one name for one text
         linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file  # for tracebacks
         program = lower_source(text, file)
         made: dict[str, Any] = {}

@@ -254,6 +254,13 @@ class Guards:
             text, value = known.anchor or (known.text, known.value)
             self.add(text, "identity", value)
 
+    def rely_on_definition(self, known: Known) -> None:
+        """Relies on what a function is and does: a reload may put new code and new defaults into the old function."""
+        self.rely_on_identity(known)
+        text = self.name(known.value, "function") if known.text is None else known.text
+        for attribute in ("__code__", "__defaults__", "__kwdefaults__"):
+            self.add(f"{text}.{attribute}", "identity", getattr(known.value, attribute))
+
 
 def constant(value: Any) -> Abstract:
     """A value that the source spells out."""

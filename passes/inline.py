@@ -66,8 +66,9 @@ class Inlining:
         fact: Any = None,
     ) -> Abstract:
         """The call as an op of the specialised program."""
-        if known is not None and behaviour_of(known, _as_given(function, arguments)) is None:
-            target = known = None
+        if known is not None:
+            known = behaviour_of(known, _as_given(function, arguments))
+            target = None if known is None else target
         harmless = known is not None and known.behaviour in (Behaviour.PURE, Behaviour.VIEW, Behaviour.CONTAINER)
         for _, abstract in arguments:
             if isinstance(abstract.fact, Elements) and not harmless:
@@ -88,7 +89,7 @@ class Inlining:
         loops = NO_LOOPS.union(*(source.loops for source in sources)) if sources else NO_LOOPS
         live = max((source.live for source in sources), default=0)
         at_run = target in (None, MODULE_CALL) or any(source.at_run for source in sources)
-        self._note_changes(op, function, arguments, target, known, result)
+        self._note_changes(function, arguments, target, known, result)
         if target is None:
             live = min(live, 1)
         elif target == MODULE_CALL and self.specialiser.forward is not None:
@@ -96,18 +97,12 @@ class Inlining:
         return Abstract(result, fact, loops, live, span, at_run)
 
     def _note_changes(
-        self,
-        op: ops.Call,
-        function: Abstract,
-        arguments: Arguments,
-        target: str | None,
-        known: KnownCall | None,
-        result: Value,
+        self, function: Abstract, arguments: Arguments, target: str | None, known: KnownCall | None, result: Value
     ) -> None:
         """Notes what a call changes of what the program knows."""
         if target == MODULE_CALL:
             return
-        if known is None or any(argument.keyword in known.calls for argument, _ in arguments if argument.keyword):
+        if known is None:
             self.specialiser.disturb()
             return
         if known.target.startswith("torch."):
@@ -166,8 +161,11 @@ class Inlining:
             given.insert(0, (ops.Argument(NONE), self._receiver(function, value)))
         defaults = [constant_object(default) for default in plain.__defaults__ or ()]
         keyword_defaults = {name: constant_object(held) for name, held in (plain.__kwdefaults__ or {}).items()}
-        if isinstance(function.fact, Known):
-            self.specialiser.guards.rely_on_identity(function.fact)
+        match function.fact:
+            case Known() as known:
+                self.specialiser.guards.rely_on_definition(known)
+            case Method(receiver=Abstract(fact=Known(text=str(text))), name=name):
+                self.specialiser.guards.rely_on_definition(Known(plain, f"{text}.__class__.{name}"))
         try:
             bound = self._bind(program.parameters, defaults, keyword_defaults, given, op.span)
             return self._inline(

@@ -19,7 +19,6 @@ from nnsight_compiler.ir.traverse import defined
 from nnsight_compiler.ir.values import Module, Unbound, Value
 from nnsight_compiler.passes.assignments import misfit
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall
-from nnsight_compiler.passes.known_calls import ALL, behaviour_of
 from nnsight_compiler.passes.meta_calls import RESHAPING, call_known
 from nnsight_compiler.passes.meta_items import attribute, check_item_assignment, item
 from nnsight_compiler.passes.meta_modules import call_module, weight_of
@@ -255,10 +254,7 @@ class MetaOps(MetaValues):
             self.version += 1
 
     def known(self, op: ops.Call) -> KnownCall | None:
-        row = ALL.get(op.target) if op.target is not None else None
-        if row is None:
-            return None
-        return behaviour_of(row, {argument.keyword for argument in op.arguments if argument.keyword is not None})
+        return self.source.origins.known(op)
 
     @staticmethod
     def reshapes(op: Op) -> bool:

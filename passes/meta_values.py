@@ -15,6 +15,7 @@ from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
 from nnsight_compiler.passes.meta_torch import Mistake
+from nnsight_compiler.passes.origins import Origins
 from nnsight_compiler.passes.shapes import Sites, Surroundings
 from nnsight_compiler.passes.stand_ins import INTEGER, UNKNOWN, inside, is_container, same, stand_in
 
@@ -63,11 +64,12 @@ class Source:
     """The program, and what its ops say by themselves.
 
     targets: the names on the wire of its calls; names: the ops that read names from outside; both by result.
-    assigned: names from outside that it assigns.
+    assigned: names from outside that it assigns. origins: what is known of its calls.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.origins = Origins(program)
         self.targets: dict[str, str | None] = {}
         self.names: dict[str, ops.Global] = {}
         self.assigned: set[str] = set()

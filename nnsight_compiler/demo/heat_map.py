@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import final
@@ -105,6 +106,12 @@ class HeatMap:
                 draw.text((x + width + 6, tick_y), f"{tick:g}", INK, font, anchor="lm")
         title = _rotated(self.scale_title, font)
         image.paste(INK, (x + width + 38, y + max(0, (height - title.height) // 2)), title)
+
+    def _repr_png_(self) -> bytes:
+        """How a notebook shows it."""
+        held = BytesIO()
+        self.image().save(held, format="PNG")
+        return held.getvalue()
 
     def write_png(self, path: Path) -> None:
         """Writes `image()` to `path`."""

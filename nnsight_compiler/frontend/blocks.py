@@ -19,9 +19,10 @@ from nnsight_compiler.frontend.contexts import kind_of, trace_item
 from nnsight_compiler.frontend.definitions import Definitions
 from nnsight_compiler.frontend.functions import lower_node, refuse
 from nnsight_compiler.frontend.scopes import Analysis
-from nnsight_compiler.frontend.source import changed_source, characters, lines_of, statement_excerpt
+from nnsight_compiler.frontend.source import Source, changed_source, source_of
 from nnsight_compiler.frontend.statements import Statements
 from nnsight_compiler.frontend.syntax import Excerpt, Syntax, class_of
+from nnsight_compiler.frontend.tokens import characters, statement_excerpt
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import (
     Argument,
@@ -213,46 +214,44 @@ def _local_names(code: CodeType) -> frozenset[str]:
 
 def _with_statement(frame: FrameType) -> tuple[Syntax, cst.With, int]:
     """The `with` that a frame is entering, and the number of the item that it has come to."""
-    code = frame.f_code
-    lines = lines_of(code, frame.f_globals, "the block")
-    position = next(islice(code.co_positions(), frame.f_lasti // 2, None))
-    line = position[0] or frame.f_lineno
-    for start in range(min(line, len(lines)) - 1, -1, -1):
-        words = lines[start].split(None, 1)
+    source = source_of(frame.f_code, frame.f_globals, "the block")
+    offset = source.offset(frame.f_code, frame.f_lasti)
+    line = next(islice(source.code.co_positions(), offset // 2, None))[0] or frame.f_lineno
+    for start in range(min(line, len(source.lines)) - 1, -1, -1):
+        words = source.lines[start].split(None, 1)
         if not words or words[0].partition("(")[0] != "with":
             continue
-        excerpt = statement_excerpt(lines, start, code.co_filename)
+        excerpt = statement_excerpt(source.lines, start, source.file)
         if start + excerpt.text.count("\n") + 1 < line:
             continue
         syntax = Syntax(excerpt)
         node = syntax.statements[0]
         if isinstance(node, cst.With):
-            return syntax, node, _item_number(frame, syntax, node, lines)
-    raise changed_source(code)
+            return syntax, node, _item_number(source, offset, syntax, node)
+    raise changed_source(frame.f_code)
 
 
-def _item_number(frame: FrameType, syntax: Syntax, node: cst.With, lines: Sequence[str]) -> int:
-    """Which item of a `with` its frame has come to.
+def _item_number(source: Source, offset: int, syntax: Syntax, node: cst.With) -> int:
+    """Which item of a `with` its code has come to, at an instruction.
 
     Since Python 3.12 the instruction that enters an item has the item's position. Before, it has the whole statement's,
     and the instructions with that position are counted: as many as there are items, once for each copy of the code.
     """
     if len(node.items) == 1:
         return 0
-    code = frame.f_code
-    positions = list(code.co_positions())
-    entering = positions[frame.f_lasti // 2]
+    positions = list(source.code.co_positions())
+    entering = positions[offset // 2]
     line, column = entering[0], entering[2]
     if line is None or column is None:
         return trace_item(node) or 0
-    place = (line, characters(lines[line - 1], column))
+    place = (line, characters(source.lines[line - 1], column))
     statement = syntax.span(node)
     if place != (statement.line, statement.column):
         ends = [syntax.span(item) for item in node.items]
         return next(number for number, end in enumerate(ends) if (end.end_line, end.end_column) > place)
     entered = [
         each.offset
-        for each in dis.get_instructions(code)
-        if each.opname == "BEFORE_WITH" and each.offset <= frame.f_lasti and positions[each.offset // 2] == entering
+        for each in dis.get_instructions(source.code)
+        if each.opname == "BEFORE_WITH" and each.offset <= offset and positions[each.offset // 2] == entering
     ]
     return (len(entered) - 1) % len(node.items)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, assert_never
+from dataclasses import dataclass
+from typing import Any, assert_never, final
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Argument, Element, FormatPart, Op, Parameter, Region
@@ -21,18 +22,38 @@ for _each in FORMS:
 _FARTHEST_COMMENT = 88
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a program's text, and the line of the source that it stands for. `new`: the line before had another."""
+
+    text: str
+    file: str
+    number: int
+    new: bool
+
+    @property
+    def comment(self) -> str:
+        return f"# {spell_file(self.file)}:{self.number}" if self.new else ""
+
+
 def print_program(program: Program) -> str:
     """The program as text, which `parse_program` reads back to an equal program."""
+    return _text(program_lines(program))
+
+
+def program_lines(program: Program) -> list[Line]:
+    """The lines of the program's text."""
     lines = _Lines()
     lines.program(program, 0)
-    return str(lines)
+    return lines.lines
 
 
 def print_region(region: Region) -> str:
     """The ops of a region, as text."""
     lines = _Lines()
     lines.region(region, 0)
-    return str(lines)
+    return _text(lines.lines)
 
 
 def print_op(op: Op) -> str:
@@ -49,15 +70,14 @@ class _Lines:
     """Lines of text with the source line that each stands for."""
 
     def __init__(self) -> None:
-        self.lines: list[tuple[str, str]] = []
+        self.lines: list[Line] = []
         self.place = (NOWHERE.file, NOWHERE.line)
 
     def add(self, depth: int, text: str, span: Span | None = None) -> None:
-        comment = ""
-        if span is not None and (span.file, span.line) != self.place:
+        new = span is not None and (span.file, span.line) != self.place
+        if span is not None:
             self.place = (span.file, span.line)
-            comment = f"# {spell_file(span.file)}:{span.line}"
-        self.lines.append(("  " * depth + text, comment))
+        self.lines.append(Line("  " * depth + text, *self.place, new))
 
     def program(self, program: Program, depth: int) -> None:
         self.add(depth, _program_header(program), program.span)
@@ -86,10 +106,10 @@ class _Lines:
                     self.add(depth, f"{label} {', '.join(map(_definition, parameters))}".rstrip())
                 self.region(held, depth + 1)
 
-    def __str__(self) -> str:
-        commented = [len(text) for text, comment in self.lines if comment]
-        column = min(max(commented, default=0), _FARTHEST_COMMENT)
-        return "".join(f"{text.ljust(column)}  {comment}\n" if comment else f"{text}\n" for text, comment in self.lines)
+
+def _text(lines: list[Line]) -> str:
+    column = min(max((len(line.text) for line in lines if line.new), default=0), _FARTHEST_COMMENT)
+    return "".join(f"{line.text.ljust(column)}  {line.comment}\n" if line.new else f"{line.text}\n" for line in lines)
 
 
 def spell_file(file: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 from typing import Literal as OneOf
 
 from nnsight_compiler.ir.ops import Op, Parameter, Region
@@ -54,6 +54,9 @@ class Program:
         from nnsight_compiler.ir.graph import program_graph
 
         return program_graph(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what IPython asks for
+        printer.text(str(self))
 
     def __str__(self) -> str:
         from nnsight_compiler.ir.printer import print_program

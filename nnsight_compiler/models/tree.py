@@ -1,50 +1,81 @@
-"""Draws a module and what is below it as an indented tree, own and standard names side by side."""
+"""A module and what is below it as a tree, own and standard names side by side, equal neighbours in a list once."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
 
 from torch import nn
 
 from nnsight_compiler.models.names import standard_names
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A module of a tree, or a run of equal neighbours in a list.
+
+    names: its own name first, `0-11` for a run, then the standard ones; none at the root.
+    modules: the module, or all those of the run.
+    known: the standard names of the modules below, as they resolve from above.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    known: dict[nn.Module, tuple[str, ...]]
+
+    @property
+    def label(self) -> str:
+        """`(h | layers): ` and, for a run, how many it stands for; empty at the root."""
+        count = f"{len(self.modules)} x " if len(self.modules) > 1 else ""
+        return f"({' | '.join(self.names)}): {count}" if self.names else ""
+
+    @property
+    def description(self) -> str:
+        """The module's class and what it says of itself, not closed: `Linear(in_features=4, out_features=4`."""
+        return f"{type(self.modules[0]).__name__}({self.modules[0].extra_repr()}"
+
+    def children(self) -> Iterator[Node]:
+        """What is below it."""
+        module = self.modules[0]
+        known = dict(self.known)
+        for name, path in standard_names(module).items():
+            part = module.get_submodule(path)
+            if name not in known.get(part, ()):
+                known[part] = (*known.get(part, ()), name)
+        for label, run in _runs(module):
+            names = (label, *(name for name in known.get(run[0], ()) if name != label))
+            yield Node(names, tuple(run), known)
+
+
+def tree(module: nn.Module) -> Node:
+    """The tree of a module."""
+    return Node((), (module,), {})
+
+
 def draw(module: nn.Module) -> str:
-    """The tree of a module as text: `(h | layers): ModuleList(` …, equal neighbours in a list drawn once."""
-    return "\n".join(_lines(module, {}))
+    """The tree of a module as text: `(h | layers): ModuleList(` …"""
+    return "\n".join(_lines(tree(module)))
 
 
-def _lines(module: nn.Module, above: dict[nn.Module, list[str]]) -> list[str]:
-    known = {part: list(names) for part, names in above.items()}
-    for name, path in standard_names(module).items():
-        part = module.get_submodule(path)
-        if name not in known.setdefault(part, []):
-            known[part].append(name)
-    head = f"{type(module).__name__}({module.extra_repr()}"
-    children: list[list[str]] = []
-    for label, child in _runs(module):
-        names = " | ".join([label, *(name for name in known.get(child, []) if name != label)])
-        drawn = _lines(child, known)
-        children.append([f"({names}): {_count(label)}{drawn[0]}", *drawn[1:]])
-    if not children:
-        return [f"{head})"]
-    return [head, *(f"  {line}" for child in children for line in child), ")"]
+def _lines(node: Node) -> list[str]:
+    head = f"{node.label}{node.description}"
+    children = [line for child in node.children() for line in _lines(child)]
+    return [head, *(f"  {line}" for line in children), ")"] if children else [f"{head})"]
 
 
-def _runs(module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _runs(module: nn.Module) -> list[tuple[str, list[nn.Module]]]:
     """The children, each with its label; in a list, a run of equal ones is one entry labelled `0-11`."""
     children = [(name, child) for name, child in module._modules.items() if child is not None]
     if not isinstance(module, nn.ModuleList | nn.Sequential):
-        return children
-    runs: list[tuple[str, str, nn.Module, str]] = []
+        return [(name, [child]) for name, child in children]
+    runs: list[tuple[str, str, list[nn.Module], str]] = []
     for name, child in children:
         text = repr(child)
         if runs and runs[-1][3] == text:
-            first, _, shown, _ = runs[-1]
-            runs[-1] = (first, name, shown, text)
+            first, _, held, _ = runs[-1]
+            runs[-1] = (first, name, [*held, child], text)
         else:
-            runs.append((name, name, child, text))
-    return [(first if first == last else f"{first}-{last}", child) for first, last, child, _ in runs]
-
-
-def _count(label: str) -> str:
-    first, dash, last = label.partition("-")
-    return f"{int(last) - int(first) + 1} x " if dash and first.isdigit() and last.isdigit() else ""
+            runs.append((name, name, [child], text))
+    return [(first if first == last else f"{first}-{last}", held) for first, last, held, _ in runs]

@@ -165,6 +165,11 @@ class ModuleView:
 
         return draw(self._module)
 
+    def _repr_html_(self) -> str:
+        from nnsight_compiler.html import modules_html
+
+        return modules_html(self._module)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ModuleView):
             return NotImplemented

@@ -1,12 +1,13 @@
 """What compiles again and what does not: `.cache_info()` against results of plain hooks."""
 
+import linecache
 import threading
 
 import pytest
 import torch
 from torch import nn
 
-from nnsight_compiler import NNsight, intervene
+from nnsight_compiler import NNsight, compilation, intervene
 
 torch.set_num_threads(1)
 SCALE = 2.0
@@ -427,3 +428,90 @@ def test_clearing_while_others_call():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# --- functions that are changed in place, as IPython's autoreload does ---
+
+
+def changing(module, factor=2.0, *, shift=0.0):
+    return module.output * factor + shift
+
+
+class Changing:
+    def part(self, module):
+        return module.output * 3
+
+
+class Other:
+    def part(self, module):
+        return module.output * 7
+
+
+held = Changing()
+
+
+@intervene
+def uses_function(model, x):
+    with model.trace(x):
+        out = changing(model.first)
+    return out
+
+
+@intervene
+def uses_method(model, x):
+    with model.trace(x):
+        out = held.part(model.first)
+    return out
+
+
+def test_new_code_and_new_defaults_of_an_inlined_function_are_used(stack, plain_stack, batch, monkeypatch, grab):
+    value = grab(plain_stack, batch, "first")
+
+    def doubled(module, factor=2.0, *, shift=0.0):
+        return module.output * factor * 2 + shift
+
+    assert torch.equal(uses_function(stack, batch), value * 2)
+    monkeypatch.setattr(changing, "__code__", doubled.__code__)
+    assert torch.equal(uses_function(stack, batch), value * 4)
+    monkeypatch.setattr(changing, "__defaults__", (5.0,))
+    assert torch.equal(uses_function(stack, batch), value * 5 * 2)
+    monkeypatch.setattr(changing, "__kwdefaults__", {"shift": 1.0})
+    assert torch.equal(uses_function(stack, batch), value * 5 * 2 + 1)
+    monkeypatch.undo()
+    assert torch.equal(uses_function(stack, batch), value * 2)
+
+
+def test_an_inlined_method_is_that_of_the_objects_class_now(stack, plain_stack, batch, monkeypatch, grab):
+    value = grab(plain_stack, batch, "first")
+    assert torch.equal(uses_method(stack, batch), value * 3)
+    monkeypatch.setitem(globals(), "held", Other())
+    assert torch.equal(uses_method(stack, batch), value * 7)
+    monkeypatch.setattr(Other.part, "__code__", Changing.part.__code__)
+    assert torch.equal(uses_method(stack, batch), value * 3)
+    monkeypatch.undo()
+    assert torch.equal(uses_method(stack, batch), value * 3)
+
+
+def test_helpers_that_were_lowered_are_forgotten_where_there_are_many(stack, plain_stack, batch, monkeypatch, grab):
+    monkeypatch.setattr(compilation, "_MOST_HELPERS", 3)
+    value = grab(plain_stack, batch, "first")
+    for number in range(6):
+        scope = {}
+        source = f"def helper(module):\n    return module.output * {number}\n"
+        file = f"<helper {number}>"
+        linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+        exec(compile(source, file, "exec"), scope)
+        monkeypatch.setitem(globals(), "many", scope["helper"])
+        assert torch.equal(uses_many(stack, batch), value * number)
+    assert len(compilation._helpers) <= 3
+
+
+def many(module):
+    return module.output
+
+
+@intervene
+def uses_many(model, x):
+    with model.trace(x):
+        out = many(model.first)
+    return out
