@@ -94,7 +94,7 @@ def lower_program(
     observer: Observer | None = None,
 ) -> Specialised:
     """Runs the passes for the arguments of one call."""
-    subject = Subject(arguments, globals_, closure, _helper, save)
+    subject = Subject(arguments, globals_, closure, helper_program, save)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 
@@ -137,8 +137,11 @@ def lower_program(
 _helpers: dict[Any, Program] = {}
 
 
-def _helper(function: FunctionType) -> Program:
-    """The IR of a helper function; lowered once for each piece of code."""
+def helper_program(function: FunctionType) -> Program:
+    """The IR of a helper function; lowered once for each piece of code. A function of a file brings its own."""
+    own = getattr(function, "__program__", None)
+    if isinstance(own, Program):
+        return own
     code = function.__code__
     if code not in _helpers:
         _helpers[code] = lower_function(function)

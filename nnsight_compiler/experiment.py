@@ -6,13 +6,14 @@ import functools
 import inspect
 import itertools
 import linecache
+import os
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import CellType, FunctionType, MethodType
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from nnsight_compiler.compilation import PASSES, Compiled, compile_program, lower_program
 from nnsight_compiler.frontend import lower_function, lower_source
@@ -20,6 +21,9 @@ from nnsight_compiler.ir.errors import CompileError
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
+
+if TYPE_CHECKING:
+    from nnsight_compiler.files.namespace import Namespace
 
 _texts = itertools.count()
 """Numbers the texts given to `from_source`."""
@@ -132,10 +136,13 @@ class Cache:
 class Experiment:
     """A compiled function. Calling it runs the experiment; the first call for a model compiles it."""
 
-    def __init__(self, function: FunctionType, program: Program | None = None) -> None:
+    def __init__(
+        self, function: FunctionType, program: Program | None = None, namespace: Namespace | None = None
+    ) -> None:
         functools.update_wrapper(self, function)
         self._function = function
         self._program = program
+        self._namespace = namespace
         self._signature = inspect.signature(function)
         self._cache: Cache | None = None
         self._bind = _binder(function)
@@ -149,6 +156,8 @@ class Experiment:
 
     def _held(self) -> Cache:
         if self._cache is None:
+            if self._namespace is not None:
+                self._namespace.link()
             function = self._function
             cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
             self._cache = Cache(self.ir, function.__globals__, cells)
@@ -180,6 +189,19 @@ class Experiment:
         values = self._bind(*args, **kwargs)
         cache = self._held()
         return cache.get(values, dict(zip(cache.names, values, strict=True)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the experiment to a file, with all that it reads from outside of itself (see `docs/files.md`)."""
+        from nnsight_compiler.files import save_experiment
+
+        save_experiment(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], model: Any = None, allow_host_calls: bool = False) -> Experiment:
+        """The experiment in a file that `save` wrote. Loading runs and imports nothing (see `docs/files.md`)."""
+        from nnsight_compiler.files import load_experiment
+
+        return load_experiment(path, model, allow_host_calls)
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and size of the cache of compiled programs."""
