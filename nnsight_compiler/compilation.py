@@ -49,6 +49,14 @@ def save(value: Any) -> Any:
     return value
 
 
+class GuardedGlobals(dict[str, Any]):
+    """The globals of a program that someone else wrote, which says what such a program may do."""
+
+    def admit(self, program: Program) -> None:
+        """Called with each specialised program before it is compiled further. Raises where it must not run."""
+        raise NotImplementedError
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Compiled:
@@ -100,6 +108,8 @@ def lower_program(
 
     def specialised(source: Program) -> Program:
         result.append(specialise(source, subject))
+        if isinstance(globals_, GuardedGlobals):
+            globals_.admit(result[0].program)
         return result[0].program
 
     def order(forward: ops.Forward) -> Order:

@@ -23,6 +23,8 @@ from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
 
 if TYPE_CHECKING:
+    from nnsight_compiler.files import SavedFile
+    from nnsight_compiler.files.admission import HostOp
     from nnsight_compiler.files.namespace import Namespace
 
 _texts = itertools.count()
@@ -190,11 +192,11 @@ class Experiment:
         cache = self._held()
         return cache.get(values, dict(zip(cache.names, values, strict=True)))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str]) -> SavedFile:
         """Writes the experiment to a file, with all that it reads from outside of itself (see `docs/files.md`)."""
         from nnsight_compiler.files import save_experiment
 
-        save_experiment(self, path)
+        return save_experiment(self, path)
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: Any = None, allow_host_calls: bool = False) -> Experiment:
@@ -202,6 +204,11 @@ class Experiment:
         from nnsight_compiler.files import load_experiment
 
         return load_experiment(path, model, allow_host_calls)
+
+    @property
+    def host_ops(self) -> tuple[HostOp, ...]:
+        """For an experiment from a file, the calls that it makes only where `allow_host_calls` was given."""
+        return () if self._namespace is None else self._namespace.host_ops
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and size of the cache of compiled programs."""

@@ -292,7 +292,8 @@ class Capture:
             case torch.Tensor():
                 reason = why_not(held)
                 if reason is not None:
-                    raise CannotCaptureError(f"the tensor cannot be stored: {reason}", "make it a plain tensor first: `.detach().clone()`")  # noqa: E501
+                    way_out = "make it a plain tensor first: `.detach().clone()`"
+                    raise CannotCaptureError(f"the tensor cannot be stored: {reason}", way_out)
                 return self.tensors.add(path, held)
             case list() if type(held) is list:
                 return {"kind": "list", "items": [self._within(part, f"[{i}]", path) for i, part in enumerate(held)]}

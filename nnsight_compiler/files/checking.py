@@ -33,7 +33,7 @@ def program_from_json(data: object, where: str) -> Program:
 
 def check_program(program: Program, where: str, experiment: bool = False) -> None:
     """Refuses a program that the front end cannot have made."""
-    if program.kind not in (("experiment", "function") if experiment else ("experiment", "function")):
+    if program.kind == "block":
         refuse(where, f"a file holds experiments and functions, not a {program.kind}")
     if program.target or program.given or program.passes or program.exports:
         refuse(where, "it is specialised already, and a file holds programs as they were written")

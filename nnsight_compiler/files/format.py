@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nnsight_compiler.ir.errors import FileError
+from nnsight_compiler.passes.behaviour import words
 
 KEY = "nnsight-compiler"
 """The entry of the metadata that holds the document."""
@@ -31,7 +32,7 @@ MAX_HEADER = 32 * 2**20
 MAX_DIGITS = 400
 """Longer integers are written as text by the serial form of programs, so none stands in a document."""
 _NATIVE = frozenset(
-    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2".split()
+    words("float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2")
 )
 """The dtypes that every version of safetensors which this package accepts can store. Others are stored as bytes."""
 

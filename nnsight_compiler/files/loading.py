@@ -43,9 +43,7 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def load_experiment(
-    path: str | os.PathLike[str], model: Any = None, allow_host_calls: bool = False
-) -> Experiment:
+def load_experiment(path: str | os.PathLike[str], model: Any = None, allow_host_calls: bool = False) -> Experiment:
     """The experiment in a file.
 
     Args:
@@ -82,6 +80,7 @@ def experiment_from(
         _identifier(name, "closure"): restore.cell(node, f"closure.{name}")
         for name, node in mapping(data["closure"], "closure").items()
     }
+    namespace.cells.update(cells)
     check_program(program, "program", experiment=True)
     defaults = restore.defaults(data["defaults"], program, "defaults")
     restore.finish()

@@ -8,6 +8,8 @@ of such modules are kept where a program mentions them, so that what only traini
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, final
 
@@ -18,6 +20,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic, ExperimentError
 from nnsight_compiler.ir.traverse import operands
 from nnsight_compiler.ir.values import Literal
+from nnsight_compiler.passes.behaviour import words
 
 if TYPE_CHECKING:
     from nnsight_compiler.files.capture import Capture, Node
@@ -30,9 +33,11 @@ HOOKS = (
 METHODS = frozenset({"__len__", "__getitem__", "__iter__", "__contains__"})
 """The methods of this form that a captured class may define."""
 _IGNORED = frozenset(
-    "__init__ __repr__ __str__ __doc__ __module__ __annotations__ __dict__ __weakref__ __qualname__ __parameters__ "
-    "__orig_bases__ __static_attributes__ __firstlineno__ __annotate__ __annotate_func__ __annotations_cache__ "
-    "__constants__ __jit_unused_properties__ __hash__".split()
+    words(
+        "__init__ __repr__ __str__ __doc__ __module__ __annotations__ __dict__ __weakref__ __qualname__ __parameters__ "
+        "__orig_bases__ __static_attributes__ __firstlineno__ __annotate__ __annotate_func__ __annotations_cache__ "
+        "__constants__ __jit_unused_properties__ __hash__"
+    )
 )
 """What a class may define besides: nothing of it takes part in a forward."""
 
@@ -73,9 +78,7 @@ class Modules:
             ("buffers", module._buffers),
             ("modules", module._modules),
         ):
-            made[word] = {
-                name: None if part is None else self._inside(part, name, path) for name, part in held.items()
-            }
+            made[word] = {name: None if part is None else self._inside(part, name, path) for name, part in held.items()}
         made["non_persistent"] = sorted(module._non_persistent_buffers_set)
         made["attributes"] = {}
         if own is not None:
@@ -150,7 +153,9 @@ class Modules:
                 for name in sorted(names & vars(module).keys() - OWN):
                     if (id(module), name) not in self._looked:
                         self._looked.add((id(module), name))
-                        self._report(made["attributes"], name, path, lambda m=module, n=name, p=path: self._inside(vars(m)[n], n, p))  # noqa: E501
+                        self._report(
+                            made["attributes"], name, path, partial(self._inside, vars(module)[name], name, path)
+                        )
             if len(self._looked) == before:
                 return
 
@@ -181,7 +186,7 @@ class Modules:
 
         self._report(made["members"], name, path, node)
 
-    def _report(self, into: Node, name: str, path: str, node: Any) -> None:
+    def _report(self, into: Node, name: str, path: str, node: Callable[[], Node]) -> None:
         """Adds what a name stands for; a diagnostic where it has no form in a file."""
         capture = self.capture
         span = capture.span_of(path)

@@ -77,7 +77,7 @@ class Restore:
     def finish(self) -> None:
         """Builds what nothing has asked for yet, so that all of a file is known to be sound."""
         for number in range(len(self.entries)):
-            self.object(number, f"objects[{number}]")
+            self.numbered(number, f"objects[{number}]")
         self.tensors.finish()
 
     # --- values ---
@@ -89,7 +89,7 @@ class Restore:
         kind, held = only(node, where)
         match kind:
             case "object":
-                return self.object(whole(held, where), where)
+                return self.numbered(whole(held, where), where)
             case "tuple" | "frozenset":
                 parts = [self.value(part, f"{where}[{i}]", depth + 1) for i, part in enumerate(array(held, where))]
                 return tuple(parts) if kind == "tuple" else frozenset(self._hashable(part, where) for part in parts)
@@ -147,7 +147,7 @@ class Restore:
 
     # --- objects ---
 
-    def object(self, number: int, where: str) -> Any:
+    def numbered(self, number: int, where: str) -> Any:
         """The object of a number, made when it is first asked for."""
         if number >= len(self.entries):
             refuse(where, f"there is no object {number}")
@@ -226,6 +226,7 @@ class Restore:
                 refuse(at, f"{member!r:.80} belongs to torch")
             kind, held = only(node, at)
             value = self.value(held, at)
+            self.namespace.member_names.add(member)
             if kind != "value" and not isinstance(getattr(value, "__program__", None), Program):
                 refuse(at, "a method is a function of the file")
             match kind:
@@ -239,6 +240,12 @@ class Restore:
                     refuse(at, f"{kind!r:.80} is no kind of member")
         made = type(name.rpartition(".")[2] or "Module", (base,), {**members, "__module__": "experiment_file"})
         made.__qualname__ = name
+        for node, value in zip(entry["members"].values(), members.values(), strict=True):
+            (kind,) = node
+            function = value.fget if kind == "property" else value.__func__ if kind == "static" else value
+            if kind != "value":
+                program = function.__program__
+                self.namespace.methods[id(program)] = program, None if kind == "static" else made
         return made
 
     @staticmethod
@@ -263,6 +270,7 @@ class Restore:
         made: nn.Module = found.__new__(found)
         nn.Module.__init__(made)
         self._made[self._open[-1]] = made
+        self.namespace.modules.append(made)
         made.training = truth(entry["training"], f"{where}.training")
         taken: set[str] = set()
         for word, wanted in (("parameters", nn.Parameter), ("buffers", torch.Tensor), ("modules", nn.Module)):

@@ -1,7 +1,7 @@
 """Captured tensors: what shares storage is stored once, and strides are kept where that costs nothing.
 
-    W = torch.randn(4, 4); row = W[0]        tensors   W: float32[16]
-    tied = W.T                          ──▶  objects   W, row, tied: {data: W, shape, stride, offset, dtype, …}
+W = torch.randn(4, 4); row = W[0]        tensors   W: float32[16]
+tied = W.T                          ──▶  objects   W, row, tied: {data: W, shape, stride, offset, dtype, …}
 """
 
 from __future__ import annotations

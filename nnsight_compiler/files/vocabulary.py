@@ -30,6 +30,7 @@ from typing import Any, final
 import torch
 import torch.nn.functional
 
+from nnsight_compiler.passes.behaviour import words
 from nnsight_compiler.passes.known_calls import ALL, callable_of, known_function
 from nnsight_compiler.passes.known_python import python_rows
 
@@ -46,8 +47,10 @@ NAMESPACES = frozenset([*(module.__name__ for module in _STANDARD), *_TORCH, *_O
 """The Python modules that a file may name, to take something out of them; never as values."""
 
 CLASSES = frozenset(
-    "torch.Tensor torch.dtype torch.device torch.Size torch.Generator torch.nn.Module torch.nn.Parameter "
-    "torch.FloatTensor torch.LongTensor builtins.object builtins.BaseException builtins.KeyboardInterrupt".split()
+    words(
+        "torch.Tensor torch.dtype torch.device torch.Size torch.Generator torch.nn.Module torch.nn.Parameter "
+        "torch.FloatTensor torch.LongTensor builtins.object builtins.BaseException builtins.KeyboardInterrupt"
+    )
 )
 """Classes without a row in the table of known calls that `isinstance` and `except` may be given."""
 
@@ -61,15 +64,19 @@ _FRAMES = ("gi_", "cr_", "ag_", "tb_", "f_", "co_", "func_")
 _FRAME_NAMES = frozenset(
     f"{prefix}{name}"
     for prefix in _FRAMES
-    for name in "frame code globals builtins locals back lasti trace next yieldfrom await closure defaults".split()
+    for name in words("frame code globals builtins locals back lasti trace next yieldfrom await closure defaults")
 )
+
+
+_MODULE_INSIDES = frozenset(vars(torch.nn.Module())) - {"training"}
+"""Where torch keeps the parts and the hooks of a module."""
 
 
 def allowed_attribute(name: str) -> bool:
     """Whether a file may ask an object for this attribute. Those of frames and most dunders lead out of its values."""
     if name.startswith("__") and name.endswith("__"):
         return name in DUNDERS
-    return name not in _FRAME_NAMES and name != "mro"
+    return name not in _FRAME_NAMES and name not in _MODULE_INSIDES and name != "mro"
 
 
 @final
@@ -187,9 +194,9 @@ def part(target: str, name: str) -> Named:
 
 
 def builtin(name: str) -> Named | None:
-    """What a builtin name is; `None` where Python has no such name."""
+    """What a builtin name is; `None` where Python has no such name, or only for itself (`__import__`)."""
     if not hasattr(builtins, name) or name.startswith("__"):
-        return None if name != "__name__" else Constant("")
+        return None
     held = getattr(builtins, name)
     if held is NotImplemented or held is Ellipsis:
         return Constant(held)
