@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from nnsight_compiler.files.vocabulary import (
+    DENIED_METHODS,
     NAMESPACES,
     Constant,
     HostName,
@@ -286,7 +287,7 @@ class _Look:
         """Whether an attribute may be a method of which nothing is known."""
         if self.deferred and found.root != COMPUTED:
             return False
-        return known_method(found.name) is None and found.name not in PLAIN | MODEL_METHODS
+        return not _is_known_method(found.name) and found.name not in PLAIN | MODEL_METHODS
 
     def assigns(self, owner: Operand, name: str, span: Span) -> None:
         """An attribute is set or deleted."""
@@ -390,12 +391,11 @@ class _Look:
 
     def method(self, op: ops.Call, callee: Part) -> Kind:
         name = callee.name
-        known = known_method(name)
         receiver = self.receiver(op.function)
         if isinstance(receiver, Tree) and name in TREE_METHODS:
             return receiver if name in ("children", "modules", "values", "items", "named_children") else ANYTHING
-        if known is not None:
-            if {argument.keyword for argument in op.arguments} & set(known.calls):
+        if _is_known_method(name):
+            if name == "sort" and any(argument.keyword == "key" or argument.star for argument in op.arguments):
                 self.found.dynamic.append(op.span)
         elif name not in MODEL_METHODS and (not self.deferred or callee.root == COMPUTED):
             self.host(f"the method `.{name}(…)`", op.span)
@@ -439,6 +439,10 @@ class _Look:
             return GIVEN if self.deferred and GIVEN in roots else ANYTHING
         row = known_target(target) if target in ALL else None
         return COMPUTED if row is not None and (row.leaf or row.scalar) else ANYTHING
+
+
+def _is_known_method(name: str) -> bool:
+    return name not in DENIED_METHODS and known_method(name) is not None
 
 
 def _escaping(op: Op) -> Iterator[Operand]:

@@ -110,7 +110,7 @@ def read(path: str | os.PathLike[str]) -> Container:
     return Container(parse(metadata[KEY]), tensors)
 
 
-def holds_experiment(path: str | os.PathLike[str]) -> bool:
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as safetensors files do. Nothing more is read."""
     try:
         with Path(path).open("rb") as stream:

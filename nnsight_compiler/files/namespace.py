@@ -45,6 +45,7 @@ class Namespace(GuardedGlobals):
 
     programs: every program of the file, the experiment's first. methods: those of captured classes, by program, with
     the class, or `None` where it takes no object.
+    model: the model, where the experiment takes it from around it.
     host_ops: the host calls that can be seen before a model is known.
     """
 
@@ -57,7 +58,7 @@ class Namespace(GuardedGlobals):
         self.cells: dict[str, CellType] = {}
         self.allow_host_calls = allow_host_calls
         self.host_ops: tuple[HostOp, ...] = ()
-        self._model = model
+        self.model = model
         self._waiting: list[tuple[dict[str, Any] | CellType, str, tuple[str, str]]] = []
         self._late: dict[tuple[str, str], Kind] = {}
         self._set: set[tuple[str, str]] = set()
@@ -74,6 +75,11 @@ class Namespace(GuardedGlobals):
             "model": GIVEN,
         }
         self._late[name, "free" if isinstance(place, CellType) else "global"] = late[kind]
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the model is a global, or in the closure, and not yet given."""
+        return self.model is None and any(kind == "model" for _, _, (kind, _) in self._waiting)
 
     # --- which calls are made ---
 
@@ -185,9 +191,9 @@ class Namespace(GuardedGlobals):
             raise FileError(f"`{name}` is `{held.replace(':', '.').strip('.')}`, which is not here: {error}") from error
 
     def _bound(self, name: str, path: str) -> Any:
-        if self._model is None:
+        if self.model is None:
             raise FileError(
                 f"`{name}` is the model, which this file was saved without\n"
-                "  way out: give one when loading: Experiment.load(path, model=model)"
+                "  way out: give one when loading: Experiment.load(path, model=model), or nnsightc run --model M"
             )
-        return self._model[path] if path else self._model
+        return self.model[path] if path else self.model

@@ -32,7 +32,6 @@ import torch.nn.functional
 
 from nnsight_compiler.passes.behaviour import words
 from nnsight_compiler.passes.known_calls import ALL, callable_of, known_function
-from nnsight_compiler.passes.known_python import python_rows
 
 _STANDARD = (
     builtins, collections, copy, gc, heapq, itertools, logging, math, operator, pprint, random, time, traceback,
@@ -40,7 +39,8 @@ _STANDARD = (
 )  # fmt: skip
 _TORCH = ("torch", "torch.nn", "torch.nn.functional", "torch.special", "torch.linalg", "torch.fft", "torch.cuda",
           "torch.cuda.amp", "torch.amp", "torch.random")  # fmt: skip
-_OTHERS = ("tqdm", "tqdm.auto", "tqdm.std", "tqdm.notebook", "tqdm.asyncio", "einops")
+_OTHERS = ("tqdm", "tqdm.auto", "tqdm.std", "tqdm.notebook", "tqdm.asyncio", "einops", "numpy", "numpy.linalg",
+           "numpy.random")  # fmt: skip
 """Libraries that may not be there, or not be loaded: imported when an experiment that needs them first runs."""
 
 NAMESPACES = frozenset([*(module.__name__ for module in _STANDARD), *_TORCH, *_OTHERS])
@@ -54,8 +54,17 @@ CLASSES = frozenset(
 )
 """Classes without a row in the table of known calls that `isinstance` and `except` may be given."""
 
-DENIED = frozenset({"torch.from_file", "builtins.vars"})
-"""Known calls that no file may make: they reach files, or the insides of objects."""
+DENIED = frozenset(
+    words(
+        "torch.from_file torch.load torch.save torch.nn.Module.__call__ builtins.vars builtins.open builtins.input "
+        "numpy.load numpy.save numpy.savez numpy.savez_compressed numpy.fromfile numpy.loadtxt numpy.savetxt "
+        "numpy.genfromtxt numpy.memmap"
+    )
+)
+"""What no file may call, whatever the table says of it: it reaches files, or the insides of objects."""
+
+DENIED_METHODS = frozenset({"tofile", "dump", "apply_", "map_", "map2_", "module_load"})
+"""The same, of methods."""
 
 DUNDERS = frozenset({"__class__", "__name__", "__qualname__", "__len__", "__getitem__", "__iter__"})
 """The only names of this form that a file may ask an object for."""
@@ -112,7 +121,7 @@ class HostName:
 
 
 Named = Space | KnownName | Constant | HostName
-_CONSTANTS = (bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.layout, torch.memory_format)
 
 
 def space_of(module: ModuleType) -> Space | None:
@@ -155,14 +164,9 @@ def _walk(name: str) -> object | None:
 
 def is_target(name: str) -> bool:
     """Whether a name on the wire is that of a known call or class which a file may name."""
-    if name.startswith("method.") or name in DENIED:
+    if name.startswith(("method.", "torch.ops.", "torch.hub.")) or name in DENIED:
         return False
-    return name in _class_names() or name in _rows() or (name.startswith("torch.") and name in ALL)
-
-
-@cache
-def _rows() -> frozenset[str]:
-    return frozenset(python_rows())
+    return name in _class_names() or name in ALL
 
 
 def resolve(target: str) -> object | None:
@@ -180,7 +184,9 @@ def member(space: Space, name: str) -> Named:
     if is_target(whole):
         return KnownName(whole)
     module = sys.modules.get(space.name)
-    held = vars(module).get(name) if module is not None else None
+    if module is None or name not in vars(module):
+        return HostName(whole)
+    held = vars(module)[name]
     if type(held) in _CONSTANTS:
         return Constant(held)
     known = name_of(held)  # another name for the same, such as `torch.functional.einsum`
