@@ -90,6 +90,7 @@ class Capture:
                 "take the decorator off, or put what it does into the function",
             )
         program = helper_program(function)
+        defaults = self.defaults(function, name)
         closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         renamed: dict[tuple[str, str], str] = {}
         for (own, scope), span in _names_of(program).items():
@@ -100,7 +101,7 @@ class Capture:
             "kind": "function",
             "program": to_json(moved),
             "qualified_name": function.__qualname__,
-            "defaults": self.defaults(function, name),
+            "defaults": defaults,
         }
 
     def defaults(self, function: FunctionType, name: str) -> Node:
@@ -216,7 +217,7 @@ class Capture:
             raise CannotCaptureError(f"it is the module `{held.__name__}`, which cannot be imported by that name")
         try:
             return self.value(held, path)
-        except CannotCaptureError:
+        except (CannotCaptureError, ExperimentError):
             name = _host_name(held)
             if name is None:
                 raise
@@ -281,7 +282,9 @@ class Capture:
         try:
             self.objects[number] = self._entry(held, path)
         except BaseException:
-            del self._numbers[id(held)]  # the next mention is refused in its own place
+            # The next mention is refused in its own place, and what only this object held is not mentioned by any.
+            del self.objects[number:]
+            self._numbers = {each: known for each, known in self._numbers.items() if known < number}
             raise
         finally:
             self._open.discard(number)
@@ -314,6 +317,8 @@ class Capture:
 
 
 def _why_no_value(held: Any) -> str:
+    if hasattr(held, "_cache") and type(held).__name__ == "Experiment":
+        return "it is another experiment, which has a file of its own"
     if isinstance(held, type):
         return f"it is the class `{held.__qualname__}`, and a file holds no code but that of functions"
     if callable(held) and hasattr(held, "__qualname__"):

@@ -25,7 +25,7 @@ from nnsight_compiler.passes.behaviour import words
 if TYPE_CHECKING:
     from nnsight_compiler.files.capture import Capture, Node
 
-OWN = frozenset([*vars(nn.Module()), "_compiled_call_impl", "_flat_weight_refs"])
+OWN = frozenset([*vars(nn.Module()), "_compiled_call_impl", "_flat_weights", "_flat_weight_refs"])
 """What torch keeps in every module, and what it makes again by itself."""
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -42,10 +42,20 @@ _IGNORED = frozenset(
 """What a class may define besides: nothing of it takes part in a forward."""
 
 
+TORCH_CLASSES: dict[str, type[nn.Module]] = {
+    f"torch.nn.{name}": held
+    for name, held in vars(nn).items()
+    if isinstance(held, type) and issubclass(held, nn.Module) and held.__name__ == name
+}
+"""Torch's own modules, by their public names."""
+# A part of `torch.nn.MultiheadAttention` without a public name.
+TORCH_CLASSES["torch.nn.NonDynamicallyQuantizableLinear"] = nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
 def torch_class(kind: type) -> str | None:
-    """`torch.nn.Linear`, where a class is one of torch's own modules under its public name."""
-    name = kind.__name__
-    return f"torch.nn.{name}" if getattr(nn, name, None) is kind and issubclass(kind, nn.Module) else None
+    """`torch.nn.Linear`, where a class is one of torch's own modules."""
+    name = f"torch.nn.{kind.__name__}"
+    return name if TORCH_CLASSES.get(name) is kind else None
 
 
 @final
@@ -160,7 +170,7 @@ class Modules:
                 return
 
     def _member(self, kind: type, made: Node, name: str, path: str) -> None:
-        base = getattr(nn, made["base"].rpartition(".")[2])
+        base = TORCH_CLASSES[made["base"]]
         owners = kind.__mro__[: kind.__mro__.index(base)]
         owner = next((each for each in owners if name in vars(each)), None)
         if owner is None:

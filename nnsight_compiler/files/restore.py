@@ -13,7 +13,7 @@ from nnsight_compiler.compilation import save
 from nnsight_compiler.files import vocabulary
 from nnsight_compiler.files.checking import check_program, program_from_json
 from nnsight_compiler.files.format import array, fields, mapping, only, refuse, string, truth, whole
-from nnsight_compiler.files.modules import METHODS, OWN
+from nnsight_compiler.files.modules import METHODS, OWN, TORCH_CLASSES
 from nnsight_compiler.files.namespace import Namespace
 from nnsight_compiler.files.tensors import TensorSource, read_dtype
 from nnsight_compiler.ir import ops
@@ -251,11 +251,9 @@ class Restore:
     @staticmethod
     def _torch_class(data: object, where: str) -> type[nn.Module]:
         name = string(data, where)
-        space, _, own = name.rpartition(".")
-        found = vars(nn).get(own) if space == "torch.nn" else None
-        if not isinstance(found, type) or not issubclass(found, nn.Module) or found.__name__ != own:
+        if name not in TORCH_CLASSES:
             refuse(where, f"{name!r:.80} is no module of torch's")
-        return found
+        return TORCH_CLASSES[name]
 
     def _module(self, data: object, where: str) -> nn.Module:
         names = ("kind", "class", "training", "parameters", "buffers", "modules", "non_persistent", "attributes")
@@ -291,6 +289,11 @@ class Restore:
             if not name.isidentifier() or name in OWN or name in taken or name.startswith("__"):
                 refuse(at, f"{name!r:.80} is no name for an attribute")
             vars(made)[name] = self.value(node, at)
+        if isinstance(made, nn.RNNBase):
+            try:
+                made._init_flat_weights()
+            except (AttributeError, TypeError, RuntimeError) as error:
+                refuse(where, f"no {found.__name__} is like this: {error}")
         return made
 
 
