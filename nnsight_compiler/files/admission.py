@@ -348,7 +348,7 @@ class _Look:
                 held.append(module._modules[name])
             elif name in vars(module) or name in module._parameters or name in module._buffers:
                 held.append(None)
-            elif name not in vars(nn.Module) and hasattr(type(module), name):
+            elif getattr(type(module), name, None) is not getattr(nn.Module, name, None):
                 held.append(getattr(type(module), name))
         if held and all(isinstance(each, nn.Module) for each in held):
             return Tree(tuple(held))

@@ -45,9 +45,9 @@ def refuse(where: str, reason: str) -> NoReturn:
 @final
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What was read: the document, not yet looked into, and the tensors by name."""
+    """What was read: the text of the document, and the tensors by name."""
 
-    document: object
+    text: str
     tensors: Mapping[str, torch.Tensor]
 
 
@@ -107,7 +107,7 @@ def read(path: str | os.PathLike[str]) -> Container:
         raise FileError(f"{file} is no safetensors file, or it is damaged: {error}") from None
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileError(f"{file} cannot be read: {error}") from None
-    return Container(parse(metadata[KEY]), tensors)
+    return Container(metadata[KEY], tensors)
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:

@@ -21,6 +21,7 @@ from nnsight_compiler.files.format import (
     VERSION,
     fields,
     mapping,
+    parse,
     read,
     refuse,
     string,
@@ -56,7 +57,7 @@ def load_experiment(path: str | os.PathLike[str], model: Any = None, allow_host_
     """
     container = read(path)
     try:
-        return experiment_from(container.document, container.tensors, model, allow_host_calls)
+        return experiment_from(parse(container.text), container.tensors, model, allow_host_calls)
     except FileError as error:
         raise FileError(f"{os.fspath(path)} cannot be loaded: {error}") from None
 

@@ -220,10 +220,8 @@ class Restore:
         members: dict[str, Any] = {}
         for member, node in mapping(entry["members"], f"{where}.members").items():
             at = f"{where}.members.{member}"
-            if not member.isidentifier() or (member.startswith("__") and member not in METHODS):
+            if not member.isidentifier() or member in OWN or (member.startswith("__") and member not in METHODS):
                 refuse(at, f"{member!r:.80} is no name of a method")
-            if hasattr(nn.Module, member) and member not in ("forward", "extra_repr"):
-                refuse(at, f"{member!r:.80} belongs to torch")
             kind, held = only(node, at)
             value = self.value(held, at)
             self.namespace.member_names.add(member)

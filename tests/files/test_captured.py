@@ -147,13 +147,17 @@ def test_helpers_with_defaults_closures_and_recursion(through) -> None:
 
 def test_helpers_of_another_module_keep_their_own_names(written, through) -> None:
     other = written("SCALE = 10\nsum = max\ndef scaled(x):\n    return sum([x * SCALE, 0]), len([1, 2])\n", "other.py")
-    mine = written("SCALE = 2\ndef len(x):\n    return 'mine'\ndef both(x):\n    return scaled(x), x * SCALE, sum([1, 2]), len([])\n")  # noqa: E501
+    mine = written(
+        "SCALE = 2\ndef len(x):\n    return 'mine'\ndef both(x):\n    return scaled(x), x * SCALE, sum([1, 2]), len([])\n"
+    )  # noqa: E501
     mine["scaled"] = other["scaled"]
     assert through(mine["both"])(4) == ((40, 2), 8, 3, "mine") == mine["both"](4)
 
 
 def test_globals_that_a_function_sets_are_the_files_own(written, through) -> None:
-    scope = written("count = 0\ndef bump():\n    global count\n    count += 1\n    return count\ndef twice():\n    bump()\n    return bump()\n")  # noqa: E501
+    scope = written(
+        "count = 0\ndef bump():\n    global count\n    count += 1\n    return count\ndef twice():\n    bump()\n    return bump()\n"
+    )  # noqa: E501
     loaded = through(scope["twice"])
     assert (loaded(), loaded()) == (2, 4)
     assert scope["count"] == 0
@@ -164,8 +168,9 @@ def test_libraries_and_their_functions_under_any_name(through) -> None:
     functions = {"tanh": torch.tanh, "sqrt": math.sqrt}
 
     def compute(x):
-        import torch.nn.functional as other
         from math import pi
+
+        import torch.nn.functional as other
 
         return relu(x), F.gelu(x), functions["tanh"](x), functions["sqrt"](4), other.silu(x), pi, torch.float32, math.e
 

@@ -11,12 +11,15 @@ import torch
 
 from nnsight_compiler import Experiment, FileError, LocalOnlyWarning, intervene
 
+
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module that can be imported, whose function has no source that a file could hold."""
     folder = tmp_path / "site-packages"
     folder.mkdir()
-    (folder / "some_library.py").write_text("touched = []\n\n\ndef count(x):\n    touched.append(x)\n    return len(touched)\n")
+    (folder / "some_library.py").write_text(
+        "touched = []\n\n\ndef count(x):\n    touched.append(x)\n    return len(touched)\n"
+    )
     monkeypatch.syspath_prepend(str(folder))
     yield "some_library"
     sys.modules.pop("some_library", None)
@@ -47,7 +50,9 @@ def test_a_function_of_a_library_is_named_with_its_line(library: str, tmp_path: 
             refused(1)
         assert f"{places[0]}: it is not in the table of known calls" in str(refusal.value)
         assert f"{' ' * 12}first = some_library.count(x)\n{' ' * 20}^^^^^^^^^^^^^^^^^^^^^\n" in str(refusal.value)
-        assert "way out: if you trust who wrote the file: Experiment.load(path, allow_host_calls=True)" in str(refusal.value)
+        assert "way out: if you trust who wrote the file: Experiment.load(path, allow_host_calls=True)" in str(
+            refusal.value
+        )
     assert "some_library" not in sys.modules
 
     allowed = Experiment.load(path, allow_host_calls=True)
@@ -136,7 +141,10 @@ LATE = {
     "a method of the model": ("model.save_pretrained('x')", "the method `.save_pretrained(…)`"),
     "a method of what the model holds": ("model.config.to_json_file('x')", "the method `.to_json_file(…)`"),
     "one that goes through a list": ("[model.config.to_json_file][0]('x')", "the method `.to_json_file(…)`"),
-    "one that a list hides": ("[[model.config.to_json_file], 0][mark(1) or 0][0]('x')", "a function that only the run can give"),
+    "one that a list hides": (
+        "[[model.config.to_json_file], 0][mark(1) or 0][0]('x')",
+        "a function that only the run can give",
+    ),
     "one that goes through a helper": ("call(model.config.to_json_file, 'x')", "a function that only the run can give"),
     "one that a sort calls": ("sorted(['x'], key=model.config.to_json_file)", "a function that only the run can give"),
 }
@@ -158,13 +166,11 @@ def test_what_only_the_model_shows_is_refused_before_anything_runs(
     assert not (tmp_path / "x").exists()
 
 
-def test_modules_and_the_tokenizer_of_the_model_are_no_host_ops(through, tiny) -> None:
+def test_modules_of_the_model_are_no_host_ops(through, tiny) -> None:
     def lens(model, prompt):
-        tokens = model.tokenizer(prompt)["input_ids"]
         with model.trace(prompt):
             found = [model.lm_head(model.ln_final(layer.output[0, -1])) for layer in list(model.layers)]
-        best = [int(each.argmax()) for each in found]
-        return len(tokens), model.tokenizer.decode(best[-1])
+        return [int(each.argmax()) for each in found]
 
     loaded = through(lens)
     assert loaded.host_ops == ()

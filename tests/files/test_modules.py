@@ -251,7 +251,11 @@ REFUSED = {
         "`module`: the `forward` of this module (Linear) was replaced on the object itself",
         "write a subclass with that `forward`",
     ),
-    "a forward that cannot be lowered": (Slow, "`module`: its `forward` cannot be compiled", "the match statement is not supported"),
+    "a forward that cannot be lowered": (
+        Slow,
+        "`module`: its `forward` cannot be compiled",
+        "the match statement is not supported",
+    ),
     "attribute lookup of its own": (
         Dynamic,
         "`module`: its class `Dynamic` defines `__getattr__`, which a file cannot hold",

@@ -149,7 +149,9 @@ def test_every_reason_at_once(tmp_path: Path) -> None:
 
 def test_a_class_of_the_users(written, tmp_path: Path) -> None:
     scope = written("class Result:\n    pass\ndef use(x):\n    return Result()\n", "__main__.py")
-    with pytest.raises(FileError, match="`Result`: it is the class `Result`, and a file holds no code but that of func"):
+    with pytest.raises(
+        FileError, match="`Result`: it is the class `Result`, and a file holds no code but that of func"
+    ):
         intervene(scope["use"]).save(tmp_path / "no.safetensors")
 
 
