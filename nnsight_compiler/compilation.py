@@ -52,8 +52,9 @@ def save(value: Any) -> Any:
 class GuardedGlobals(dict[str, Any]):
     """The globals of a program that someone else wrote, which says what such a program may do."""
 
-    def admit(self, program: Program) -> None:
-        """Called with each specialised program before it is compiled further. Raises where it must not run."""
+    def admit(self, source: Program, specialised: Program) -> None:
+        """Called with each program once it is specialised, before it is compiled further. Raises where it must not
+        run."""
         raise NotImplementedError
 
 
@@ -109,7 +110,7 @@ def lower_program(
     def specialised(source: Program) -> Program:
         result.append(specialise(source, subject))
         if isinstance(globals_, GuardedGlobals):
-            globals_.admit(result[0].program)
+            globals_.admit(source, result[0].program)
         return result[0].program
 
     def order(forward: ops.Forward) -> Order:

@@ -24,7 +24,7 @@ from nnsight_compiler.passes.manager import Observer, PassResult
 
 if TYPE_CHECKING:
     from nnsight_compiler.files import SavedFile
-    from nnsight_compiler.files.admission import HostOp
+    from nnsight_compiler.files.kinds import HostOp
     from nnsight_compiler.files.namespace import Namespace
 
 _texts = itertools.count()

@@ -17,16 +17,33 @@ the look at the specialised program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
 from typing import Any, final
 
-import torch
 from torch import nn
 
+from nnsight_compiler.files.kinds import (
+    ANYTHING,
+    BARE_METHODS,
+    COMPUTED,
+    GIVEN,
+    PLAIN,
+    TEXT_METHODS,
+    THROUGH,
+    TREE_METHODS,
+    Anything,
+    Computed,
+    Environment,
+    Given,
+    HostOp,
+    Kind,
+    Own,
+    Part,
+    Tree,
+    is_known_method,
+)
 from nnsight_compiler.files.vocabulary import (
-    DENIED_METHODS,
     NAMESPACES,
     Constant,
     HostName,
@@ -41,102 +58,10 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.traverse import walk
+from nnsight_compiler.ir.traverse import operands, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Value, values_in
-from nnsight_compiler.passes.behaviour import words
 from nnsight_compiler.passes.inline import MODULE_CALL
-from nnsight_compiler.passes.known_calls import ALL, known_method, known_target
-
-MODEL_METHODS = frozenset(
-    words(
-        "save trace generate barrier stop invoke iter backward "
-        "tokenizer encode decode batch_decode convert_tokens_to_ids convert_ids_to_tokens"
-    )
-)
-"""Methods that the language itself gives a meaning, and those by which a model's tokenizer turns text to numbers."""
-TREE_METHODS = frozenset(
-    words(
-        "children modules named_children named_modules parameters named_parameters buffers named_buffers state_dict "
-        "values items keys"
-    )
-)
-"""Methods of torch's modules that look, and change nothing."""
-PLAIN = frozenset(
-    {name for name in dir(torch.Tensor) if not callable(getattr(torch.Tensor, name, None))}
-    | {"logits", "loss", "hidden_states", "last_hidden_state", "attentions", "past_key_values", "weight", "bias"}
-    | {"vocab_size", "n_layer", "n_head", "n_embd", "hidden_size", "num_hidden_layers", "num_attention_heads"}
-)
-"""Attributes that are values, not methods, wherever they are found."""
-_THROUGH = frozenset(
-    words(
-        "builtins.enumerate builtins.zip builtins.reversed builtins.tuple builtins.iter builtins.next "
-        "tqdm.tqdm tqdm.auto.tqdm tqdm.std.tqdm tqdm.notebook.tqdm tqdm.asyncio.tqdm_asyncio itertools.chain"
-    )
-)
-"""Known calls whose result holds what their arguments hold, and nothing else. A list may be given more later."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class HostOp:
-    """A call, or another use, of something outside of the closed set: what it is, and its line."""
-
-    name: str
-    span: Span
-
-    def __str__(self) -> str:
-        return f"{self.span}: {self.name}"
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Own:
-    """A function of the file, or a closure of the program."""
-
-    program: Program | None = None
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """One of these captured modules, or of those inside them."""
-
-    modules: tuple[nn.Module, ...]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What the caller gave, or a part of it."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """A value that the program computed, or read from the model: a tensor, a number, a container; no module."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Anything:
-    """A value of which nothing is known."""
-
-
-ANYTHING, GIVEN, COMPUTED = Anything(), Given(), Computed()
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Part:
-    """An attribute of something that only the run can give, or an item of that (`name` then ends in `[…]`)."""
-
-    name: str
-    root: Given | Computed | Anything = ANYTHING
-
-
-Kind = Named | Own | Tree | Given | Part | Computed | Anything
-Environment = Callable[[str, str], Kind]
-"""What a name stands for, by name and scope."""
+from nnsight_compiler.passes.known_calls import ALL, known_target
 
 
 @final
@@ -160,16 +85,6 @@ def admitted(findings: list[Findings]) -> list[HostOp]:
     if any(each.loose for each in findings):
         found += [HostOp("a function that only the run can give", span) for each in findings for span in each.dynamic]
     return sorted(dict.fromkeys(found), key=lambda call: (call.span.file, call.span.line, call.span.column, call.name))
-
-
-def kind_of(held: Any) -> Kind:
-    """What a captured object is."""
-    program = getattr(held, "__program__", None) if isinstance(held, (FunctionType, MethodType)) else None
-    if isinstance(program, Program):
-        return Own(program)
-    if isinstance(held, nn.Module):
-        return Tree((held,))
-    return ANYTHING
 
 
 def look(
@@ -256,8 +171,8 @@ class _Look:
                 self.kinds[body.parameters[0].name] = self.item(self.kind(iterable))
             case ops.Read(result=result) | ops.Grad(result=result) | ops.Format(result=result):
                 self.kinds[result.name] = COMPUTED
-            case ops.Operator(result=result, operands=operands):
-                computed = any(self.kind(operand) == COMPUTED for operand in operands)
+            case ops.Operator(result=result, operands=parts):
+                computed = any(self.kind(operand) == COMPUTED for operand in parts)
                 self.kinds[result.name] = COMPUTED if computed else ANYTHING
             case ops.Call():
                 self.kinds[op.result.name] = self.call(op)
@@ -287,7 +202,7 @@ class _Look:
         """Whether an attribute may be a method of which nothing is known."""
         if self.deferred and found.root != COMPUTED:
             return False
-        return not _is_known_method(found.name) and found.name not in PLAIN | MODEL_METHODS
+        return not is_known_method(found.name) and found.name not in PLAIN | TEXT_METHODS
 
     def assigns(self, owner: Operand, name: str, span: Span) -> None:
         """An attribute is set or deleted."""
@@ -328,7 +243,9 @@ class _Look:
             case HostName(name=whole):
                 return HostName(f"{whole}.{name}")
             case KnownName(target=target):
-                return part(target, name)
+                found = part(target, name)
+                # `dict.fromkeys`, `str.upper`: a method that is known by its name.
+                return Part(name) if isinstance(found, HostName) and is_known_method(name) else found
             case Tree(modules=modules):
                 return self.of_modules(modules, name)
             case Given() | Computed():
@@ -394,12 +311,14 @@ class _Look:
         receiver = self.receiver(op.function)
         if isinstance(receiver, Tree) and name in TREE_METHODS:
             return receiver if name in ("children", "modules", "values", "items", "named_children") else ANYTHING
-        if _is_known_method(name):
+        if is_known_method(name):
             if name == "sort" and any(argument.keyword == "key" or argument.star for argument in op.arguments):
                 self.found.dynamic.append(op.span)
-        elif name not in MODEL_METHODS and (not self.deferred or callee.root == COMPUTED):
+        elif name in TEXT_METHODS or (name in BARE_METHODS and not op.arguments):
+            pass
+        elif not self.deferred or callee.root == COMPUTED:
             self.host(f"the method `.{name}(…)`", op.span)
-        return GIVEN if self.deferred and callee.root == GIVEN else callee.root
+        return callee.root if self.deferred or callee.root == COMPUTED else ANYTHING
 
     def receiver(self, function: Operand) -> Kind:
         """What a method is taken from."""
@@ -418,8 +337,10 @@ class _Look:
                     self.assigns(plain[0], name, op.span)
                 elif target == "builtins.getattr":
                     return self.attribute(self.kind(plain[0]), name)
-            case "builtins.type" if len(op.arguments) != 1 or len(plain) != 1:
-                self.host("type, making a class", op.span)
+            case "builtins.type":
+                if len(op.arguments) != 1 or len(plain) != 1:
+                    self.host("type, making a class", op.span)
+                return Part("type(…)")  # a class of which nothing is known, and which may be called
             case "builtins.iter" if len(op.arguments) != 1 or len(plain) != 1:
                 self.found.dynamic.append(op.span)
             case "collections.defaultdict":
@@ -431,7 +352,7 @@ class _Look:
 
     def result(self, target: str, kinds: list[Kind]) -> Kind:
         """What a call of the closed set gives for these arguments."""
-        if target in _THROUGH or (self.deferred and target == "builtins.list"):
+        if target in THROUGH or (self.deferred and target == "builtins.list"):
             trees = [kind for kind in kinds if isinstance(kind, Tree)]
             if kinds and len(trees) == len(kinds):
                 return Tree(tuple(module for tree in trees for module in tree.modules))
@@ -441,47 +362,27 @@ class _Look:
         return COMPUTED if row is not None and (row.leaf or row.scalar) else ANYTHING
 
 
-def _is_known_method(name: str) -> bool:
-    return name not in DENIED_METHODS and known_method(name) is not None
-
-
 def _escaping(op: Op) -> Iterator[Operand]:
-    """The operands of an op which it stores, hands on or hands over."""
+    """The operands of an op which it stores, hands on or hands over: all but those that it only looks into."""
     match op:
         case ops.Call(arguments=arguments) | ops.Forward(arguments=arguments) | ops.Invoke(arguments=arguments):
             yield from (argument.value for argument in arguments)
-        case ops.Backward(arguments=arguments):
-            yield from (argument.value for argument in arguments)
-        case ops.Build(elements=elements):
-            for element in elements:
-                yield element.value
-                if element.key is not None:
-                    yield element.key
-        case ops.SetGlobal(value=value) | ops.Store(value=value) | ops.Return(value=value) | ops.Emit(value=value):
-            yield value
-        case ops.Cell(initial=value):
-            yield value
-        case ops.SetAttribute(value=value) | ops.Write(value=value) | ops.Skip(value=value):
+        case ops.SetAttribute(value=value) | ops.Write(value=value) | ops.Skip(value=value) | ops.Store(value=value):
             yield value
         case ops.SetItem(index=index, value=value):
-            yield index
-            yield value
-        case ops.SetGrad(gradient=value) | ops.Save(value=value) | ops.With(context=value):
-            yield value
-        case ops.Yield(values=values) | ops.Break(values=values) | ops.Continue(values=values):
-            yield from values
-        case ops.For(initial=initial) | ops.While(initial=initial):
-            yield from initial
-        case ops.Closure(defaults=defaults):
-            yield from defaults
-        case ops.Operator(operands=operands, in_place=True):
-            yield from operands
-        case ops.Operator(operator="+" | "*" | "|", operands=operands):
-            yield from operands
+            yield from (index, value)
         case ops.Item(index=index):
             yield index
-        case ops.Raise(exception=exception, cause=cause):
-            yield from (each for each in (exception, cause) if each is not None)
-
-
-__all__ = ["Findings", "HostOp", "Kind", "admitted", "kind_of", "look"]
+        case ops.SetGrad(gradient=gradient):
+            yield gradient
+        case ops.For(initial=initial):
+            yield from initial
+        case ops.Operator(in_place=False, operator=operator) if operator not in ("+", "*", "|"):
+            return
+        case (
+            ops.Attribute() | ops.Delete() | ops.Unpack() | ops.Bound() | ops.Load() | ops.Format() | ops.If()
+            | ops.Read() | ops.Grad() | ops.Stop() | ops.Steps() | ops.At()
+        ):  # fmt: skip
+            return
+        case _:
+            yield from operands(op)

@@ -18,6 +18,9 @@ from nnsight_compiler.ir.serial import from_json
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.runtime.names import signature_name
 
+COMPILERS_OWN = frozenset({"At", "Stage"})
+"""Ops that stand in specialised programs only."""
+
 MAX_LINE, MAX_COLUMN = 2**24, 2**16
 
 
@@ -49,8 +52,8 @@ def check_program(program: Program, where: str, experiment: bool = False) -> Non
 
 def _check_op(op: Op, where: str, experiment: bool) -> None:
     match op:
-        case ops.At():
-            refuse(where, "it is placed already, and a file holds programs as they were written")
+        case _ if type(op).__name__ in COMPILERS_OWN:
+            refuse(where, "only the compiler makes such ops, and a file holds programs as they were written")
         case ops.Save(copy=False):
             refuse(where, "a value that is kept without a copy is only known to the compiler")
         case ops.Global(name=name, scope=scope) | ops.SetGlobal(name=name, scope=scope):

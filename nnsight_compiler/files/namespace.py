@@ -12,23 +12,14 @@ from torch import nn
 
 from nnsight_compiler.compilation import GuardedGlobals, save
 from nnsight_compiler.files import vocabulary
-from nnsight_compiler.files.admission import (
-    ANYTHING,
-    GIVEN,
-    Findings,
-    HostOp,
-    Kind,
-    Own,
-    Tree,
-    admitted,
-    kind_of,
-    look,
-)
+from nnsight_compiler.files.admission import Findings, admitted, look
 from nnsight_compiler.files.format import refuse
+from nnsight_compiler.files.kinds import ANYTHING, GIVEN, HostOp, Kind, Own, Tree, kind_of
 from nnsight_compiler.files.vocabulary import HostName, KnownName, Space, builtin, name_of
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import Diagnostic, FileError
 from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.span import Span
 
 NOT_KNOWN = "it is not in the table of known calls"
 WAY_OUT = (
@@ -43,8 +34,9 @@ class Namespace(GuardedGlobals):
 
     What only a library, a host call or the model can give is found by `link`, when the experiment first runs.
 
-    programs: every program of the file, the experiment's first. methods: those of captured classes, by program, with
-    the class, or `None` where it takes no object.
+    programs: every program of the file, the experiment's first. inside: those of functions that stand in a value, so
+        that they may be called without being named.
+    methods: the programs of captured classes, with the class, or `None` where it takes no object.
     model: the model, where the experiment takes it from around it.
     host_ops: the host calls that can be seen before a model is known.
     """
@@ -52,6 +44,7 @@ class Namespace(GuardedGlobals):
     def __init__(self, model: Any, allow_host_calls: bool) -> None:
         super().__init__(__name__="experiment_file")
         self.programs: list[Program] = []
+        self.inside: list[Program] = []
         self.methods: dict[int, tuple[Program, type[nn.Module] | None]] = {}
         self.member_names: set[str] = set()
         self.modules: list[nn.Module] = []
@@ -62,6 +55,7 @@ class Namespace(GuardedGlobals):
         self._waiting: list[tuple[dict[str, Any] | CellType, str, tuple[str, str]]] = []
         self._late: dict[tuple[str, str], Kind] = {}
         self._set: set[tuple[str, str]] = set()
+        self._loose: list[Span] = []
         self._methods_found: list[Findings] | None = None
         self._lock = threading.Lock()
 
@@ -131,15 +125,21 @@ class Namespace(GuardedGlobals):
             found.append(look(program, self._kind, deferred, self.member_names, not deferred, receiver))
         return found
 
-    def admit(self, program: Program) -> None:
+    def admit(self, source: Program, specialised: Program) -> None:
         """Refuses a specialised program, before any of it runs, that makes host calls which nobody allowed."""
         if self.allow_host_calls:
             return
         if self._methods_found is None:
             self._methods_found = self._of_methods(False)
-        found = [look(program, self._kind, False, self.member_names)]
+        # What is no program of the file's is a part of one: what it is given comes from the parts before it.
+        part = source is not self.programs[0]
+        found = [look(specialised, self._kind, False, self.member_names, strict=part)]
+        if found[0].loose:
+            self._loose = found[0].loose
+        elif part:
+            found[0].loose = self._loose
         seen: dict[int, Program] = {}
-        waiting = [reached for each in (*found, *self._methods_found) for reached in each.reached]
+        waiting = [*self.inside, *(reached for each in (*found, *self._methods_found) for reached in each.reached)]
         while waiting:
             reached = waiting.pop()
             if id(reached) not in seen and id(reached) not in self.methods:

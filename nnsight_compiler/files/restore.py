@@ -47,14 +47,19 @@ class Restore:
     def bind(self, name: str, node: object, where: str) -> None:
         """Gives a global its value, at once or when the experiment first runs."""
         if not self._late(self.namespace, name, node, where):
-            self.namespace[name] = self.value(node, where)
+            self.namespace[name] = self._named(node, where)
 
     def cell(self, node: object, where: str) -> CellType:
         """The cell of a free variable."""
         made = CellType()
         if not self._late(made, where.rpartition(".")[2], node, where):
-            made.cell_contents = self.value(node, where)
+            made.cell_contents = self._named(node, where)
         return made
+
+    def _named(self, node: object, where: str) -> Any:
+        """What a name stands for."""
+        kind, held = only(node, where)
+        return self.numbered(whole(held, where), where) if kind == "object" else self.value(node, where)
 
     def _late(self, place: dict[str, Any] | CellType, name: str, node: object, where: str) -> bool:
         kind, held = only(node, where)
@@ -89,7 +94,10 @@ class Restore:
         kind, held = only(node, where)
         match kind:
             case "object":
-                return self.numbered(whole(held, where), where)
+                found = self.numbered(whole(held, where), where)
+                if isinstance(found, FunctionType):
+                    self.namespace.inside.append(found.__program__)  # type: ignore[attr-defined]
+                return found
             case "tuple" | "frozenset":
                 parts = [self.value(part, f"{where}[{i}]", depth + 1) for i, part in enumerate(array(held, where))]
                 return tuple(parts) if kind == "tuple" else frozenset(self._hashable(part, where) for part in parts)

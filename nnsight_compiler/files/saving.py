@@ -13,10 +13,10 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, final
 
-from nnsight_compiler.files.admission import HostOp
 from nnsight_compiler.files.cannot import CannotCaptureError
 from nnsight_compiler.files.capture import Capture
 from nnsight_compiler.files.format import FORMAT, VERSION, parse, write
+from nnsight_compiler.files.kinds import HostOp
 from nnsight_compiler.files.loading import experiment_from
 from nnsight_compiler.ir.errors import Diagnostic, FileError
 from nnsight_compiler.ir.program import Program

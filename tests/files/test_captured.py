@@ -112,7 +112,10 @@ def test_tensors_that_require_gradients(through) -> None:
     assert LEARNED.grad is None
 
 
-def double(x, factor=2, *, offset=torch.ones(2)):
+ONES = torch.ones(2)
+
+
+def double(x, factor=2, *, offset=ONES):
     return x * factor + offset
 
 
@@ -148,16 +151,18 @@ def test_helpers_with_defaults_closures_and_recursion(through) -> None:
 def test_helpers_of_another_module_keep_their_own_names(written, through) -> None:
     other = written("SCALE = 10\nsum = max\ndef scaled(x):\n    return sum([x * SCALE, 0]), len([1, 2])\n", "other.py")
     mine = written(
-        "SCALE = 2\ndef len(x):\n    return 'mine'\ndef both(x):\n    return scaled(x), x * SCALE, sum([1, 2]), len([])\n"
-    )  # noqa: E501
+        "SCALE = 2\ndef len(x):\n    return 'mine'\n"
+        "def both(x):\n    return scaled(x), x * SCALE, sum([1, 2]), len([])\n"
+    )
     mine["scaled"] = other["scaled"]
     assert through(mine["both"])(4) == ((40, 2), 8, 3, "mine") == mine["both"](4)
 
 
 def test_globals_that_a_function_sets_are_the_files_own(written, through) -> None:
     scope = written(
-        "count = 0\ndef bump():\n    global count\n    count += 1\n    return count\ndef twice():\n    bump()\n    return bump()\n"
-    )  # noqa: E501
+        "count = 0\ndef bump():\n    global count\n    count += 1\n    return count\n"
+        "def twice():\n    bump()\n    return bump()\n"
+    )
     loaded = through(scope["twice"])
     assert (loaded(), loaded()) == (2, 4)
     assert scope["count"] == 0

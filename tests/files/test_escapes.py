@@ -79,34 +79,41 @@ def test_refused_when_it_is_loaded(name: str) -> None:
     assert reason in str(caught.value)
 
 
+DYNAMIC = "a function that only the run can give"
+METHOD = "%y = %x + 1\n%f = attr %y.tofile\n"
+T = "%t = global torch\n"
+LOAD = "%f = attr %u.load\n%0 = call %f('x')"
 WHEN_CALLED = {
     "a builtin": ("%f = global eval\n%0 = call %f('1')", "builtins.eval"),
-    "a module of a module": ("%t = global torch\n%f = attr %t.os\n%g = attr %f.system\n%0 = call %g('true')", "torch.os.system"),
-    "a module in a list": ("%t = global torch\n%l = list [%t]\n%u = item %l[0]\n%f = attr %u.load\n%0 = call %f('x')", "torch as a value"),
-    "a module in a cell": ("%t = global torch\n%c = cell t = %t\n%u = load %c as t\n%f = attr %u.load\n%0 = call %f('x')", "torch as a value"),
-    "a module as an argument": ("%t = global torch\n%v = global vars\n%d = call %v(%t)", "torch as a value"),
+    "a module of a module": (T + "%f = attr %t.os\n%g = attr %f.system\n%0 = call %g('true')", "torch.os.system"),
+    "a module in a list": (T + "%l = list [%t]\n%u = item %l[0]\n" + LOAD, "torch as a value"),
+    "a module in a cell": (T + "%c = cell t = %t\n%u = load %c as t\n" + LOAD, "torch as a value"),
+    "a module as an argument": (T + "%v = global vars\n%d = call %v(%t)", "torch as a value"),
     "the insides of an object": ("%v = global vars\n%d = call %v(%x)", "builtins.vars"),
     "a dunder by getattr": ("%g = global getattr\n%d = call %g(%x, '__class__x__')", "getattr with a name"),
     "a dunder by parts": ("%g = global getattr\n%n = '__cla' + 'ss__'\n%d = call %g(%x, %n)", "getattr with a name"),
     "getattr with its arguments in a tuple": ("%g = global getattr\n%d = call %g(*%x)", "getattr with a name"),
-    "a method by getattr": ("%y = %x + 1\n%g = global getattr\n%f = call %g(%y, 'tofile')\n%0 = call %f('a')", "the method `.tofile(…)`"),
-    "a method through a list": ("%y = %x + 1\n%f = attr %y.tofile\n%l = list [%f]\n%g = item %l[0]\n%0 = call %g('a')", "a function that only the run can give"),
+    "a method by getattr": (
+        "%y = %x + 1\n%g = global getattr\n%f = call %g(%y, 'tofile')\n%0 = call %f('a')",
+        "the method `.tofile(…)`",
+    ),
+    "a method through a list": (METHOD + "%l = list [%f]\n%g = item %l[0]\n%0 = call %g('a')", DYNAMIC),
     "a method through a condition": (
-        "%y = %x + 1\n%f = attr %y.tofile\n%g = if %x\nthen\n  yield %f\nelse\n  yield %f\n%0 = call %g('a')",
-        "a function that only the run can give",
+        METHOD + "%g = if %x\nthen\n  yield %f\nelse\n  yield %f\n%0 = call %g('a')",
+        DYNAMIC,
     ),
     "a method through a closure": (
-        "%y = %x + 1\n%f = attr %y.tofile\n%c = closure g(%h)\n  %r = call %h('a')\n  return %r\n%0 = call %c(%f)",
-        "a function that only the run can give",
+        METHOD + "%c = closure g(%h)\n  %r = call %h('a')\n  return %r\n%0 = call %c(%f)",
+        DYNAMIC,
     ),
-    "a method that a sort calls": ("%y = %x + 1\n%f = attr %y.tofile\n%s = global sorted\n%0 = call %s(('a',), key=%f)", "a function that only the run can give"),
-    "a method that a list's sort calls": ("%y = %x + 1\n%f = attr %y.tofile\n%l = list ['a']\n%s = attr %l.sort\n%0 = call %s(key=%f)", "a function that only the run can give"),
-    "a method that an iterator calls": ("%y = %x + 1\n%f = attr %y.tofile\n%s = global iter\n%0 = call %s(%f, 1)", "a function that only the run can give"),
-    "a method in a global": ("%y = %x + 1\n%f = attr %y.tofile\nset_global g = %f\n%g = global g\n%0 = call %g('a')", "a function that only the run can give"),
-    "a method kept as an attribute": ("%y = %x + 1\n%f = attr %y.tofile\nset_attr %x.act = %f", "`.tofile`, kept as an attribute"),
+    "a method that a sort calls": (METHOD + "%s = global sorted\n%0 = call %s(('a',), key=%f)", DYNAMIC),
+    "a method that a list's sort calls": (METHOD + "%l = list ['a']\n%s = attr %l.sort\n%0 = call %s(key=%f)", DYNAMIC),
+    "a method that an iterator calls": (METHOD + "%s = global iter\n%0 = call %s(%f, 1)", DYNAMIC),
+    "a method in a global": (METHOD + "set_global g = %f\n%g = global g\n%0 = call %g('a')", DYNAMIC),
+    "a method kept as an attribute": (METHOD + "set_attr %x.act = %f", "`.tofile`, kept as an attribute"),
     "a forward that is replaced": ("set_attr %x.forward = 1", "`.forward`, a method that is replaced"),
-    "a change of torch": ("%t = global torch\nset_attr %t.relu = %x", "torch.relu, which is changed"),
-    "a change of a class": ("%t = global torch\n%T = attr %t.Tensor\nset_attr %T.relu = %x", "torch.Tensor.relu, which is changed"),
+    "a change of torch": (T + "set_attr %t.relu = %x", "torch.relu, which is changed"),
+    "a change of a class": (T + "%T = attr %t.Tensor\nset_attr %T.relu = %x", "torch.Tensor.relu, which is changed"),
     "an import": ("%o = import os\n%f = attr %o.getcwd\n%0 = call %f()", "the import of os"),
     "a relative import": ("%o = from . import os", "the import from `.`"),
     "an import of a known module's neighbour": ("%o = from math import system", "the import of math.system"),

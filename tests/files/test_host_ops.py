@@ -63,16 +63,28 @@ def test_a_function_of_a_library_is_named_with_its_line(library: str, tmp_path: 
 
 HOST = {
     "a name of a library": ("from some_library import count\ndef use(x):\n    return count(x)", "some_library.count"),
-    "an import in the body": ("def use(x):\n    import some_library\n    return some_library.count(x)", "the import of some_library"),
-    "an import of a name": ("def use(x):\n    from os.path import join\n    return join('a', x)", "the import of os.path.join"),
+    "an import in the body": (
+        "def use(x):\n    import some_library\n    return some_library.count(x)",
+        "the import of some_library",
+    ),
+    "an import of a name": (
+        "def use(x):\n    from os.path import join\n    return join('a', x)",
+        "the import of os.path.join",
+    ),
     "a builtin": ("def use(x):\n    return open(x)", "builtins.open"),
     "evaluation": ("def use(x):\n    return eval(x)", "builtins.eval"),
     "a part of torch": ("import torch\ndef use(x):\n    return torch.load(x)", "torch.load"),
     "a library as a value": ("import torch\ndef use(x):\n    return getattr(torch, x)", "torch as a value"),
-    "an attribute by a computed name": ("def use(x):\n    return getattr(x, 'a' + x)", "getattr with a name that only the run can give"),
+    "an attribute by a computed name": (
+        "def use(x):\n    return getattr(x, 'a' + x)",
+        "getattr with a name that only the run can give",
+    ),
     "a class made here": ("def use(x):\n    return type('A', (), {})", "type, making a class"),
     "a change of a library": ("import torch\ndef use(x):\n    torch.relu = x", "torch.relu, which is changed"),
-    "in a helper": ("import os\ndef helper(x):\n    return os.getcwd()\ndef use(x):\n    return helper(x)", "os.getcwd"),
+    "in a helper": (
+        "import os\ndef helper(x):\n    return os.getcwd()\ndef use(x):\n    return helper(x)",
+        "os.getcwd",
+    ),
     "in a closure": ("import os\ndef use(x):\n    return (lambda: os.getcwd())()", "os.getcwd"),
     "in a module": (
         "import os\nfrom torch import nn\nclass M(nn.Module):\n    def forward(self, x):\n        return os.getcwd()\n"
@@ -137,16 +149,21 @@ def test_known_calls_and_what_the_caller_gives_are_no_host_ops(written, through,
     assert capsys.readouterr().out == "drawing \n" * 2
 
 
+DYNAMIC = "a function that only the run can give"
 LATE = {
+    "a save that is not ours": ("model.config.save('x')", "the method `.save(…)`"),
+    "another object of its class": ("type(model.config)('x')", "the method `.type(…)(…)`"),
+    "in a function that a list holds": ("held[0](model.config, 'x')", "the method `.to_json_file(…)`"),
+    "in a function that is a default": ("defaulted(model.config, 'x')", "the method `.to_json_file(…)`"),
     "a method of the model": ("model.save_pretrained('x')", "the method `.save_pretrained(…)`"),
     "a method of what the model holds": ("model.config.to_json_file('x')", "the method `.to_json_file(…)`"),
     "one that goes through a list": ("[model.config.to_json_file][0]('x')", "the method `.to_json_file(…)`"),
     "one that a list hides": (
         "[[model.config.to_json_file], 0][mark(1) or 0][0]('x')",
-        "a function that only the run can give",
+        DYNAMIC,
     ),
-    "one that goes through a helper": ("call(model.config.to_json_file, 'x')", "a function that only the run can give"),
-    "one that a sort calls": ("sorted(['x'], key=model.config.to_json_file)", "a function that only the run can give"),
+    "one that goes through a helper": ("call(model.config.to_json_file, 'x')", DYNAMIC),
+    "one that a sort calls": ("sorted(['x'], key=model.config.to_json_file)", DYNAMIC),
 }
 
 
@@ -155,7 +172,11 @@ def test_what_only_the_model_shows_is_refused_before_anything_runs(
     written, through, tiny, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, what = LATE[name]
-    text = f"ran = []\ndef call(f, x):\n    return f(x)\ndef use(model, mark):\n    mark(1)\n    return {call}\n"
+    text = (
+        "def call(f, x):\n    return f(x)\ndef write(held, x):\n    return held.to_json_file(x)\nheld = [write]\n"
+        "def defaulted(held, x, f=write):\n    return f(held, x)\n"
+        f"def use(model, mark):\n    mark(1)\n    return {call}\n"
+    )
     monkeypatch.chdir(tmp_path)
     marks: list[int] = []
     loaded = through(written(text)["use"])

@@ -54,8 +54,8 @@ PLAIN = "  way out: make it a plain tensor first: `.detach().clone()`"
 REFUSED = {
     "an open file": (
         io.StringIO(),
-        "`value`: it is an object of class `StringIO`, and a file holds tensors, numbers, strings, tuples, lists, dicts,"
-        " sets, torch modules and functions",
+        "`value`: it is an object of class `StringIO`, and a file holds tensors, numbers, strings, tuples, lists,"
+        " dicts, sets, torch modules and functions",
         PASS_IT,
     ),
     "an object": (Settings(), "`value`: it is an object of class `Settings`", PASS_IT),
@@ -149,9 +149,7 @@ def test_every_reason_at_once(tmp_path: Path) -> None:
 
 def test_a_class_of_the_users(written, tmp_path: Path) -> None:
     scope = written("class Result:\n    pass\ndef use(x):\n    return Result()\n", "__main__.py")
-    with pytest.raises(
-        FileError, match="`Result`: it is the class `Result`, and a file holds no code but that of func"
-    ):
+    with pytest.raises(FileError, match="`Result`: it is the class `Result`, and a file holds no code but that"):
         intervene(scope["use"]).save(tmp_path / "no.safetensors")
 
 
