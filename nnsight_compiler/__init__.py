@@ -3,9 +3,11 @@
 from nnsight_compiler.block import UnsavedValueError
 from nnsight_compiler.compilation import save
 from nnsight_compiler.experiment import Experiment, intervene
+from nnsight_compiler.files import LocalOnlyWarning
 from nnsight_compiler.ir.errors import (
     CompileError,
     ExperimentError,
+    FileError,
     IRError,
     ModelError,
     RunError,
@@ -18,8 +20,10 @@ __all__ = [
     "CompileError",
     "Experiment",
     "ExperimentError",
+    "FileError",
     "IRError",
     "LanguageModel",
+    "LocalOnlyWarning",
     "ModelError",
     "NNsight",
     "RunError",

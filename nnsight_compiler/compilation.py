@@ -70,6 +70,15 @@ Staged = Callable[[Program, Mapping[str, Any], Mapping[str, CellType]], StageRun
 """Gives what runs the program of a stage, whose names come from these globals and this closure."""
 
 
+class GuardedGlobals(dict[str, Any]):
+    """The globals of a program that someone else wrote, which says what such a program may do."""
+
+    def admit(self, source: Program, specialised: Program) -> None:
+        """Called with each program once it is specialised, before it is compiled further. Raises where it must not
+        run."""
+        raise NotImplementedError
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Compiled:
@@ -127,12 +136,14 @@ def lower_program(
 ) -> Specialised:
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
-    subject = Subject(arguments, globals_, closure, _helper, save, UNBOUND)
+    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 
     def specialised(source: Program) -> Program:
         result.append((specialise if checker is None else checker.specialise)(source, subject))
+        if isinstance(globals_, GuardedGlobals):
+            globals_.admit(source, result[0].program)
         return result[0].program
 
     def at(forward: ops.Forward) -> tuple[Any, Inputs | None]:
@@ -182,8 +193,12 @@ _helpers: dict[tuple[CodeType, str], Program] = {}
 _MOST_HELPERS = 1000
 
 
-def _helper(function: FunctionType) -> Program:
-    """The IR of a helper function; lowered once for each piece of code. The oldest gives way where there are many."""
+def helper_program(function: FunctionType) -> Program:
+    """The IR of a helper function; lowered once for each piece of code. The oldest gives way where there are many. A
+    function of a file brings its own."""
+    own = getattr(function, "__program__", None)
+    if isinstance(own, Program):
+        return own
     key = function.__code__, function.__code__.co_filename  # code that is equal may come from two cells
     found = _helpers.get(key)
     if found is None:

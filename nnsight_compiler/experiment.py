@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import linecache
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -25,6 +26,9 @@ from nnsight_compiler.tracebacks import trimmed
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Report
+    from nnsight_compiler.files import SavedFile
+    from nnsight_compiler.files.kinds import HostOp
+    from nnsight_compiler.files.namespace import Namespace
 
 
 @final
@@ -56,10 +60,13 @@ class Lowered:
 class Experiment:
     """A compiled function. Calling it runs the experiment; the first call for a model compiles it."""
 
-    def __init__(self, function: FunctionType, program: Program | None = None) -> None:
+    def __init__(
+        self, function: FunctionType, program: Program | None = None, namespace: Namespace | None = None
+    ) -> None:
         functools.update_wrapper(self, function)
         self._function = function
         self._program = program
+        self._namespace = namespace
         self._signature = inspect.signature(function)
         self._cache: Cache | None = None
         self._bind = _binder(function)
@@ -73,6 +80,8 @@ class Experiment:
 
     def _held(self) -> Cache:
         if self._cache is None:
+            if self._namespace is not None:
+                self._namespace.link()
             function = self._function
             cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
             self._cache = Cache(self.ir, function.__globals__, cells)
@@ -119,6 +128,24 @@ class Experiment:
         from nnsight_compiler.check import check_call  # it is built on this module
 
         return check_call(self._signature, self.ir, self._held().globals, self._held().closure, args, kwargs)
+
+    def save(self, path: str | os.PathLike[str]) -> SavedFile:
+        """Writes the experiment to a file, with all that it reads from outside of itself (see `docs/files.md`)."""
+        from nnsight_compiler.files import save_experiment
+
+        return save_experiment(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], model: Any = None, allow_host_calls: bool = False) -> Experiment:
+        """The experiment in a file that `save` wrote. Loading runs and imports nothing (see `docs/files.md`)."""
+        from nnsight_compiler.files import load_experiment
+
+        return load_experiment(path, model, allow_host_calls)
+
+    @property
+    def host_ops(self) -> tuple[HostOp, ...]:
+        """For an experiment from a file, the calls that it makes only where `allow_host_calls` was given."""
+        return () if self._namespace is None else self._namespace.host_ops
 
     def cache_info(self) -> CacheInfo:
         """Hits, misses and size of the cache of compiled programs."""

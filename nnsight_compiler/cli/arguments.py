@@ -6,11 +6,15 @@ import ast
 import gc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnsight_compiler.cli.refusal import RefusalError, unknown
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.ir.ops import Parameter
 from nnsight_compiler.ir.program import Program
+
+if TYPE_CHECKING:
+    from nnsight_compiler import Experiment
 
 MODEL = "model"
 """The parameter that receives the model."""
@@ -66,6 +70,18 @@ def bind_arguments(
     if model is not None:
         values[MODEL] = load_model(model, weights)
     return _split(list(named.values()), values)
+
+
+def bind_model(experiment: Experiment, model: str | None, weights: bool) -> str | None:
+    """Gives the model to an experiment from a file that reads it as a global; the name is then used up."""
+    namespace = experiment._namespace
+    parameters = (parameter.value.name for parameter in experiment.ir.parameters)
+    if namespace is None or not namespace.needs_model or MODEL in parameters:
+        return model
+    if model is None:
+        raise RefusalError(f"{experiment.ir.name} needs a model", "add --model tiny, or the name or folder of another")
+    namespace.model = load_model(model, weights)
+    return None
 
 
 def load_model(name: str, weights: bool) -> object:

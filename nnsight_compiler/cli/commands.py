@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import nullcontext, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nnsight_compiler.cli.arguments import bind_arguments, load_model, parse_arguments
+from nnsight_compiler.cli.arguments import bind_arguments, bind_model, load_model, parse_arguments
 from nnsight_compiler.cli.refusal import RefusalError, unknown, user_code
 from nnsight_compiler.cli.target import Target
 from nnsight_compiler.ir.program import Program
@@ -26,7 +27,14 @@ app = typer.Typer(
 )
 
 TargetArgument = Annotated[
-    str, typer.Argument(metavar="FILE[:FUNCTION]", help="A Python file, and an experiment in it.")
+    str, typer.Argument(metavar="FILE[:FUNCTION]", help="A Python file and an experiment in it, or an experiment file.")
+]
+HostCallsOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-host-calls",
+        help="Import and call what an experiment file names outside of the known calls. Only if you trust its author.",
+    ),
 ]
 ModelOption = Annotated[
     str | None,
@@ -86,6 +94,7 @@ def dump(
         return
     with quiet_transformers():
         experiment = where.experiment()
+        model = bind_model(experiment, model, weights=False)
         positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model, weights=False)
         with user_code():
             lowered = experiment.lower(*positional, **keywords)
@@ -108,6 +117,7 @@ def run(
     json: Annotated[
         bool, typer.Option("--json", help="Print JSON; what the experiment prints goes to stderr.")
     ] = False,
+    allow_host_calls: HostCallsOption = False,
 ) -> None:
     """Run an experiment and print what it returns.
 
@@ -117,6 +127,10 @@ def run(
             --arg position=-1 --arg clean="The Eiffel Tower is in" \\
             --arg corrupt="The Colosseum is in"
 
+    An experiment file needs no source; nothing in it is imported:
+
+        nnsightc run patch.safetensors --model tiny --arg layer=1 …
+
     Tensors are shown by dtype, shape and range, small ones in full; --json prints all of it.
     """
     from nnsight_compiler.cli.display import as_json, readable
@@ -124,7 +138,8 @@ def run(
 
     where = Target.parse(target)
     with quiet_transformers(), redirect_stdout(sys.stderr) if json else nullcontext():
-        experiment = where.experiment()
+        experiment = where.experiment(allow_host_calls)
+        model = bind_model(experiment, model, weights=True)
         positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model, weights=True)
         with user_code():
             value = experiment(*positional, **keywords)
@@ -159,6 +174,28 @@ def check(
     print(checked.as_json() if json else checked)
     if not checked.report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def compile(
+    target: TargetArgument,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The experiment file, usually *.safetensors.")
+    ],
+) -> None:
+    """Write an experiment to a file that runs where its source is not.
+
+    The file is imported, and its experiment saved with all that it reads: helpers, tensors, modules.
+
+        nnsightc compile demo.py:patch -o patch.safetensors
+        nnsightc run patch.safetensors --model tiny --arg layer=1 …
+    """
+    from nnsight_compiler.files import LocalOnlyWarning
+
+    experiment = Target.parse(target).experiment()
+    with user_code(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LocalOnlyWarning)  # what is printed says it
+        print(experiment.save(output))
 
 
 @app.command()

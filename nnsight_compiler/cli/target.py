@@ -1,4 +1,4 @@
-"""What a command works on: `FILE:FUNCTION`, read as text or imported."""
+"""What a command works on: `FILE:FUNCTION`, read as text or imported, or an experiment file, which is loaded."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ NO_EXPERIMENTS = "decorate a function with @intervene"
 @final
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A Python file, and the name of an experiment in it where one is given."""
+    """A Python file, and the name of an experiment in it where one is given; or an experiment file (`saved`)."""
 
     file: Path
     function: str | None
+    saved: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """`FILE` or `FILE:FUNCTION`; refuses what is not a file or does not parse as Python."""
+        """`FILE` or `FILE:FUNCTION`; refuses what is no file, no experiment file and does not parse as Python."""
         name, colon, function = text.rpartition(":")
         # A colon may also belong to the path (`C:\\demo.py`): what follows it then is not a dotted name.
         if not colon or not all(part.isidentifier() for part in function.split(".")) or Path(text).exists():
@@ -40,6 +41,10 @@ class Target:
             raise RefusalError(
                 f"the file {name} {kind}", "give the path of a Python file, as in demo.py or demo.py:patch"
             )
+        if _is_saved(file):
+            if function:
+                raise RefusalError(f"{name} is an experiment file, and holds one experiment", f"leave :{function} out")
+            return cls(file, None, True)
         try:
             ast.parse(file.read_bytes(), filename=name)
         except (SyntaxError, ValueError) as error:
@@ -52,6 +57,8 @@ class Target:
 
     def programs(self) -> list[Program]:
         """The IR of the experiment that is named, or of everything in the file. Nothing of the file runs."""
+        if self.saved:
+            return [self.experiment().ir]
         from nnsight_compiler.frontend import lower_file
 
         programs = lower_file(self.file)
@@ -64,9 +71,12 @@ class Target:
             raise self._unknown(program.name for program in programs)
         return chosen
 
-    def experiment(self) -> Experiment:
-        """Imports the file and gives the experiment that is named, or its only one."""
+    def experiment(self, allow_host_calls: bool = False) -> Experiment:
+        """Imports the file and gives the experiment that is named, or its only one. An experiment file is loaded."""
         from nnsight_compiler import Experiment
+
+        if self.saved:
+            return Experiment.load(self.file, allow_host_calls=allow_host_calls)
 
         namespace = vars(self._import())
         experiments = {name: value for name, value in namespace.items() if isinstance(value, Experiment)}
@@ -100,3 +110,10 @@ class Target:
         finally:
             sys.argv = arguments
         return module
+
+
+def _is_saved(file: Path) -> bool:
+    """Whether a file is an experiment file, by its name or by how it begins."""
+    from nnsight_compiler.files.format import is_safetensors
+
+    return file.suffix == ".safetensors" or is_safetensors(file)

@@ -76,3 +76,12 @@ class IRError(ExperimentError):
 
 class ModelError(ExperimentError):
     """A model that cannot be loaded, or that lacks what was asked for."""
+
+
+class FileError(ExperimentError):
+    """An experiment file that cannot be written, read or run. Where lines of the experiment are the reason, each is a
+    `Diagnostic`."""
+
+    def __init__(self, reason: str, diagnostics: Sequence[Diagnostic] = ()) -> None:
+        self.diagnostics = tuple(diagnostics)
+        super().__init__("\n".join([reason, *map(str, self.diagnostics)]))

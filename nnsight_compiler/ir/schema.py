@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 from typing import Literal as OneOf
@@ -23,21 +24,27 @@ def schema(kind: type) -> Mapping[str, Any]:
     return _KNOWN[kind]
 
 
+@cache
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """The members of a union; the annotation itself where it is none."""
     return get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+
+
+@cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The origin of an annotation and its arguments."""
+    return get_origin(hint), get_args(hint)
 
 
 def conforms(held: object, hint: Any) -> bool:
     """Whether a value is what an annotation says: it looks into tuples and arguments, not into code and operands,
     whose depth is not bounded here."""
     for each in alternatives(hint):
-        origin = get_origin(each)
+        origin, parts = _parts(each)
         if origin is tuple:
-            part = get_args(each)[0]
-            found = isinstance(held, tuple) and all(conforms(one, part) for one in held)
+            found = isinstance(held, tuple) and all(conforms(one, parts[0]) for one in held)
         elif origin is OneOf:
-            found = any(held is choice or (type(held) is type(choice) and held == choice) for choice in get_args(each))
+            found = any(held is choice or (type(held) is type(choice) and held == choice) for choice in parts)
         elif each in (str, int, bool, NoneType):
             found = type(held) is each
         elif each is object:

@@ -61,6 +61,15 @@ def from_json(data: dict[str, Any]) -> Program:
     return program
 
 
+def literal_from_json(key: str, held: object, where: str) -> Literal:
+    """The constant of a field that `literal_to_json` wrote. Raises `IRError` with the path to what is wrong."""
+    if key == "constant" and type(held) is str and held in _CONSTANTS:
+        found = _CONSTANTS[held]
+        if isinstance(found, Literal):
+            return found
+    return Literal(_Reader().literal(key, held, where))
+
+
 class _Writer:
     def __init__(self) -> None:
         self.files: dict[str, int] = {}
@@ -104,7 +113,7 @@ class _Writer:
             case Value(name=name):
                 return name
             case Literal() | Unbound():
-                return _write_literal(operand)
+                return literal_to_json(operand)
             case Module(model=model, path=path):
                 return {"module": [model.name, path]}
             case Slice(lower=lower, upper=upper, step=step):
@@ -113,7 +122,8 @@ class _Writer:
                 return {"tuple": [self.operand(part) for part in parts]}
 
 
-def _write_literal(literal: Literal | Unbound) -> dict[str, Any]:
+def literal_to_json(literal: Literal | Unbound) -> dict[str, Any]:
+    """A constant as an object with one field, which `literal_from_json` reads."""
     if literal in _CONSTANT_NAMES:
         return {"constant": _CONSTANT_NAMES[literal]}
     assert isinstance(literal, Literal)

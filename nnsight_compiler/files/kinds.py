@@ -1,0 +1,119 @@
+"""What a value of a program may be, as far as it matters to which calls a file may make, and what such calls are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from nnsight_compiler.files.vocabulary import DENIED_METHODS, Named
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.span import Span
+from nnsight_compiler.passes.behaviour import words
+from nnsight_compiler.passes.known_calls import known_method
+
+BARE_METHODS = frozenset({"save", "barrier", "stop"})
+"""Methods that the language gives a meaning, without arguments. With arguments, it is another's (`tokenizer.save`)."""
+TEXT_METHODS = frozenset(words("tokenizer batch_decode convert_tokens_to_ids convert_ids_to_tokens"))
+"""Calls by which a model's tokenizer turns text to numbers and back."""
+TREE_METHODS = frozenset(
+    words(
+        "children modules named_children named_modules parameters named_parameters buffers named_buffers state_dict "
+        "values items keys"
+    )
+)
+"""Methods of torch's modules that look, and change nothing."""
+PLAIN = frozenset(
+    {name for name in dir(torch.Tensor) if not callable(getattr(torch.Tensor, name, None))}
+    | {"logits", "loss", "hidden_states", "last_hidden_state", "attentions", "past_key_values", "weight", "bias"}
+    | {"vocab_size", "n_layer", "n_head", "n_embd", "hidden_size", "num_hidden_layers", "num_attention_heads"}
+)
+"""Attributes that are values, not methods, wherever they are found."""
+THROUGH = frozenset(
+    words(
+        "builtins.enumerate builtins.zip builtins.reversed builtins.tuple builtins.iter builtins.next "
+        "tqdm.tqdm tqdm.auto.tqdm tqdm.std.tqdm tqdm.notebook.tqdm tqdm.asyncio.tqdm_asyncio itertools.chain"
+    )
+)
+"""Known calls whose result holds what their arguments hold, and nothing else. A list may be given more later."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class HostOp:
+    """A call, or another use, of something outside of the closed set: what it is, and its line."""
+
+    name: str
+    span: Span
+
+    def __str__(self) -> str:
+        return f"{self.span}: {self.name}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Own:
+    """A function of the file, or a closure of the program."""
+
+    program: Program | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """One of these captured modules, or of those inside them."""
+
+    modules: tuple[nn.Module, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the caller gave, or a part of it."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A value that the program computed, or read from the model: a tensor, a number, a container; no module."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Anything:
+    """A value of which nothing is known."""
+
+
+ANYTHING, GIVEN, COMPUTED = Anything(), Given(), Computed()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An attribute of something that only the run can give, or an item of that (`name` then ends in `[…]`)."""
+
+    name: str
+    root: Given | Computed | Anything = ANYTHING
+
+
+Kind = Named | Own | Tree | Given | Part | Computed | Anything
+Environment = Callable[[str, str], Kind]
+"""What a name stands for, by name and scope."""
+
+
+def kind_of(held: Any) -> Kind:
+    """What a captured object is."""
+    program = getattr(held, "__program__", None) if isinstance(held, (FunctionType, MethodType)) else None
+    if isinstance(program, Program):
+        return Own(program)
+    if isinstance(held, nn.Module):
+        return Tree((held,))
+    return ANYTHING
+
+
+def is_known_method(name: str) -> bool:
+    return name not in DENIED_METHODS and known_method(name) is not None

@@ -1,0 +1,154 @@
+"""Reads an experiment file. Nothing that stands in it is imported, called or trusted.
+
+Loading reads the document, checks every program, and builds the objects that the programs mention. Names of libraries
+are looked up when the experiment first runs, and then in the closed set of `vocabulary` alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import os
+from collections.abc import Mapping
+from types import CellType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnsight_compiler.files.checking import check_program, program_from_json
+from nnsight_compiler.files.format import (
+    FORMAT,
+    VERSION,
+    fields,
+    mapping,
+    parse,
+    read,
+    refuse,
+    string,
+)
+from nnsight_compiler.files.namespace import Namespace
+from nnsight_compiler.files.restore import Restore
+from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.errors import FileError
+from nnsight_compiler.ir.ops import Region
+from nnsight_compiler.ir.program import Program
+from nnsight_compiler.ir.values import NONE, Value
+from nnsight_compiler.runtime.functions import generate_function
+
+if TYPE_CHECKING:
+    from nnsight_compiler.experiment import Experiment
+
+_FIELDS = (
+    "format", "version", "producer", "qualified_name", "documentation", "program", "closure", "defaults", "globals",
+    "objects", "sources",
+)  # fmt: skip
+
+
+def load_experiment(path: str | os.PathLike[str], model: Any = None, allow_host_calls: bool = False) -> Experiment:
+    """The experiment in a file.
+
+    Args:
+        model: the model, where the experiment does not take it as a parameter but as a global or from its closure.
+        allow_host_calls: import and call the functions outside of the table of known calls that the file names. Only
+            for files whose author you trust: such a function may do anything.
+
+    Raises:
+        FileError: the file is damaged, of another version, or holds what no file may hold.
+    """
+    container = read(path)
+    try:
+        return experiment_from(parse(container.text), container.tensors, model, allow_host_calls)
+    except FileError as error:
+        raise FileError(f"{os.fspath(path)} cannot be loaded: {error}") from None
+
+
+def experiment_from(
+    document: object,
+    tensors: Mapping[str, torch.Tensor],
+    model: Any = None,
+    allow_host_calls: bool = False,
+) -> Experiment:
+    """The experiment that a document and its tensors stand for."""
+    from nnsight_compiler.experiment import Experiment
+
+    data = _versioned(document)
+    program = program_from_json(data["program"], "program")
+    namespace = Namespace(model, allow_host_calls)
+    restore = Restore(data["objects"], tensors, namespace)
+    for name, node in mapping(data["globals"], "globals").items():
+        restore.bind(_identifier(name, "globals"), node, f"globals.{name}")
+    cells = {
+        _identifier(name, "closure"): restore.cell(node, f"closure.{name}")
+        for name, node in mapping(data["closure"], "closure").items()
+    }
+    namespace.cells.update(cells)
+    check_program(program, "program", experiment=True)
+    defaults = restore.defaults(data["defaults"], program, "defaults")
+    restore.finish()
+    namespace.programs.insert(0, program)
+    namespace.check()
+    _keep_sources(data["sources"])
+    function = _signature_of(program, namespace, cells, defaults, "program")
+    function.__qualname__ = string(data["qualified_name"], "qualified_name")
+    if data["documentation"] is not None:
+        function.__doc__ = string(data["documentation"], "documentation")
+    return Experiment(function, program, namespace)
+
+
+def _versioned(document: object) -> dict[str, Any]:
+    data = mapping(document, "")
+    if data.get("format") != FORMAT:
+        refuse("format", f"expected {FORMAT!r}")
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
+        refuse("version", f"this is version {version!r:.20}, and only {VERSION} is known to this release")
+    data = fields(data, _FIELDS, "")
+    string(data["producer"], "producer")
+    return data
+
+
+def _identifier(name: str, where: str) -> str:
+    if not name.isidentifier():
+        refuse(where, f"{name!r:.80} is no name")
+    return name
+
+
+def _signature_of(
+    program: Program,
+    namespace: Namespace,
+    cells: Mapping[str, CellType],
+    defaults: Mapping[str, Any],
+    where: str,
+) -> FunctionType:
+    """A function with the program's name, signature, globals and cells, and without a body: what Python code asks an
+    experiment's function for."""
+    free = tuple(
+        ops.Global(Value(f"free.{number}"), name, "free", span=program.span) for number, name in enumerate(cells)
+    )
+    body = Region((), (*free, ops.Return(NONE, span=program.span)))
+    shell = Program(program.name, program.parameters, body, span=program.span)
+    try:
+        made = generate_function(shell, namespace, cells, defaults)
+        inspect.signature(made)
+    except (SyntaxError, ValueError, TypeError, LookupError) as error:
+        refuse(where, f"no function has this signature: {error}")
+    return made
+
+
+MAX_LINES = 2**20
+
+
+def _keep_sources(data: object) -> None:
+    """Has errors and tracebacks show the lines of files that are not at hand here."""
+    for file, held in mapping(data, "sources").items():
+        where = f"sources[{file!r:.80}]"
+        string(file, where)
+        lines: dict[int, str] = {}
+        for number, text in mapping(held, where).items():
+            if not (number.isascii() and number.isdigit() and len(number) < 8 and 0 < int(number) <= MAX_LINES):
+                refuse(where, f"{number!r:.20} is no number of a line")
+            lines[int(number)] = string(text, where)
+        if not lines or "\0" in file or file in linecache.cache or os.path.exists(file):
+            continue
+        whole = [lines.get(number, "") + "\n" for number in range(1, max(lines) + 1)]
+        linecache.cache[file] = sum(map(len, whole)), None, whole, file

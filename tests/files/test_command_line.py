@@ -1,0 +1,138 @@
+"""`nnsightc compile`, and `run` and `dump` on what it wrote."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnsight_compiler import LanguageModel
+from nnsight_compiler.cli import main
+
+SOURCE = """
+import some_library
+import torch
+from nnsight_compiler import LanguageModel, intervene
+
+vector, settings = torch.ones(128), iter("abc")
+tiny = LanguageModel("tiny")
+
+
+def scaled(x, by=2.0):
+    return x * by
+
+
+@intervene
+def steer(model, prompt, layer=1):
+    with model.trace(prompt):
+        model.layers[layer].output += scaled(vector)
+        best = model.lm_head.output[0, -1].argmax()
+    return int(best)
+
+
+@intervene
+def around(prompt):
+    with tiny.trace(prompt):
+        best = tiny.lm_head.output[0, -1].argmax()
+    return int(best)
+
+
+@intervene
+def counted(x):
+    return some_library.count(x)
+
+
+@intervene
+def broken():
+    return settings
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "some_library.py").write_text("def count(x):\n    return len(x)\n")
+    (tmp_path / "demo.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nnsightc", *arguments])
+        with pytest.raises(SystemExit) as finished:
+            main()
+        code = finished.value.code
+        shown = capsys.readouterr()
+        return int(code or 0), shown.out, shown.err
+
+    yield call
+    for name in ("demo", "some_library"):
+        sys.modules.pop(name, None)
+
+
+def test_compile_says_what_was_captured_and_run_needs_no_source(run, tmp_path: Path) -> None:
+    code, out, _ = run("compile", "demo.py:steer", "-o", "steer.safetensors")
+    assert code == 0
+    size = (tmp_path / "steer.safetensors").stat().st_size
+    assert out == (
+        f"steer.safetensors: {size} bytes\n"
+        "  scaled: function, with its program\n"
+        "  vector: float32[128]\n"
+        "  layer: int 1\n"
+    )
+    expected = run("run", "demo.py:steer", "--model", "tiny", "--arg", "prompt=The city of", "--json")[1]
+    (tmp_path / "demo.py").unlink()
+    code, out, _ = run("run", "steer.safetensors", "--model", "tiny", "--arg", "prompt=The city of", "--json")
+    assert (code, json.loads(out)) == (0, json.loads(expected))
+
+
+def test_dump_shows_the_program_in_a_file(run, tmp_path: Path) -> None:
+    run("compile", "demo.py:steer", "-o", "steer.safetensors")
+    expected = run("dump", "demo.py:steer")[1]
+    (tmp_path / "steer.safetensors").rename(tmp_path / "steer.experiment")
+    (tmp_path / "demo.py").unlink()
+    code, out, _ = run("dump", "steer.experiment")  # known by how it begins
+    assert (code, out.replace(str(tmp_path) + "/", "")) == (0, expected)
+    code, out, _ = run(
+        "dump", "steer.experiment", "--model", "tiny", "--arg", "prompt=a", "--print-after", "specialise"
+    )
+    assert code == 0
+    assert "for GPT2LMHeadModel  given layer=1" in out
+
+
+def test_the_model_that_a_file_reads_as_a_global(run) -> None:
+    run("compile", "demo.py:around", "-o", "around.safetensors")
+    code, out, _ = run("run", "around.safetensors", "--model", "tiny", "--arg", "prompt=The city of")
+    tiny = LanguageModel("tiny")
+    assert (code, int(out)) == (0, int(tiny("The city of").logits[0, -1].argmax()))
+    code, _, err = run("run", "around.safetensors", "--arg", "prompt=The city of")
+    assert code == 2
+    assert err.endswith("error: around needs a model\n  way out: add --model tiny, or the name or folder of another\n")
+
+
+def test_a_local_only_file(run) -> None:
+    code, out, err = run("compile", "demo.py:counted", "-o", "counted.safetensors")
+    assert (code, err) == (0, "")
+    assert "local-only, since it calls what is not in the table of known calls:\n" in out
+    assert out.endswith("demo.py:31:12: some_library.count\n")
+    code, _, err = run("run", "counted.safetensors", "--arg", "x='abc'")
+    assert code == 1
+    assert "demo.py:31:12: some_library.count: it is not in the table of known calls" in err
+    assert "nnsightc run --allow-host-calls" in err
+    assert run("run", "counted.safetensors", "--arg", "x='abc'", "--allow-host-calls") == (0, "3\n", "")
+
+
+def test_refusals(run, tmp_path: Path) -> None:
+    (tmp_path / "bad.safetensors").write_text("nothing")
+    run("compile", "demo.py:steer", "-o", "steer.safetensors")
+    for arguments, expected in {
+        ("run", "bad.safetensors"): (1, "error: bad.safetensors is no safetensors file, or it is cut off\n"),
+        ("compile", "demo.py:broken", "-o", "x.safetensors"): (1, "error: broken cannot be put into a file:\n"),
+        ("dump", "steer.safetensors:steer"): (2, "error: steer.safetensors is an experiment file, and holds one exper"),
+        ("run", "steer.safetensors"): (2, "error: steer needs a model\n"),
+        ("run", "nothing.safetensors"): (2, "error: the file nothing.safetensors does not exist\n"),
+    }.items():
+        code, _, err = run(*arguments)
+        assert (code, err[: len(expected[1])]) == expected
+    assert not (tmp_path / "x.safetensors").exists()
