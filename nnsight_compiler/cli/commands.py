@@ -6,6 +6,7 @@ import sys
 import warnings
 from contextlib import nullcontext, redirect_stdout
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -174,6 +175,32 @@ def check(
     print(checked.as_json() if json else checked)
     if not checked.report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    target: TargetArgument,
+    model: ModelOption = None,
+    arg: ArgumentOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what an experiment will do: stages, forwards, and calls that run as they are.
+
+    Nothing is run. Each stage but the first says what only the run can give, and at which line it is needed:
+
+        nnsightc explain demo.py:patch --model tiny --arg layer=1 \\
+            --arg position=-1 --arg clean="The Eiffel Tower is in" \\
+            --arg corrupt="The Colosseum is in"
+    """
+    from nnsight_compiler.demo.assets import quiet_transformers
+
+    with quiet_transformers(), redirect_stdout(sys.stderr):
+        experiment = Target.parse(target).experiment()
+        model = bind_model(experiment, model, weights=False)
+        positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model, weights=False)
+        with user_code():
+            explanation = experiment.explain(*positional, **keywords)
+    print(dumps(explanation.as_data(), indent=2) if json else explanation)
 
 
 @app.command()
