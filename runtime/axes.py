@@ -41,6 +41,10 @@ _ROWS_CHECKED = (1, 2)
 _FEW_WEIGHTS = 2**24
 """Weights that are not loaded may be drawn at random, if they are no more than that, where fakes do not do."""
 
+_REPEATS = {"fake": 1, "real": 4}
+"""How often the first run is repeated on other numbers. A model that needs real ones looks at them, and how many
+entries satisfy a condition is often the same twice."""
+
 _LONGEST = {"fake": 4096, "real": 64}
 """Windows longer than that are not looked beyond: masks are real, and grow with the square."""
 
@@ -229,7 +233,8 @@ class _Inference:
         if cut is not None:
             deeper = shadowed(self.module, hypothesis.stand_in, cut.left_out(self.module, more=1))
             _require_agreement(grid[first], self._run(deeper, hypothesis, first), cut)
-        repeats = [self._run(shadow, hypothesis, first, again=True)] if hypothesis.axes.names else []
+        again = range(1, 1 + _REPEATS[hypothesis.stand_in.how]) if hypothesis.axes.names else ()
+        repeats = [self._run(shadow, hypothesis, first, repeat) for repeat in again]
         values, refused = solved(grid | checks, repeats)
         root = Event("", "output", 0)
         if "rows" in hypothesis.axes.names and root in values and not _has_rows(values[root]):
@@ -251,13 +256,13 @@ class _Inference:
                         raise
         return found
 
-    def _run(self, shadow: nn.Module, hypothesis: _Hypothesis, setting: Setting, again: bool = False) -> Record:
-        """One forward, on a copy of the shadow; `again` for other numbers and a mask that hides a token."""
+    def _run(self, shadow: nn.Module, hypothesis: _Hypothesis, setting: Setting, repeat: int = 0) -> Record:
+        """One forward, on a copy of the shadow; a repeat has other numbers and a mask that hides a token."""
         stand_in = hypothesis.stand_in
         if hypothesis.axes.names:
             sampler = Sampler(self.module, self.args, self.kwargs, hypothesis.axes)
-            seed = 1000 * setting[0] + 2 * setting[1] + again
-            inputs = sampler.sample(*setting, seed, padded=again)
+            seed = 10_000 * setting[0] + 10 * setting[1] + repeat
+            inputs = sampler.sample(*setting, seed, padded=repeat > 0)
         else:  # nothing varies: the arguments themselves are most likely to be such as the model takes
             inputs = pytree.tree_map(_copied, (self.args, self.kwargs))
         args, kwargs = pytree.tree_map_only(torch.Tensor, stand_in.as_input, inputs)
@@ -288,9 +293,9 @@ def _require_agreement(one: Record, deeper: Record, cut: Cut) -> None:
     Raises:
         _RefutedError: it does not.
     """
-    for event, leaves in deeper.items():
-        alike = one.get(replace(event, path=cut.represented_by(event.path)))
-        if alike is None or not same(alike, leaves):
+    for event in deeper | one:
+        alike, leaves = one.get(replace(event, path=cut.represented_by(event.path))), deeper.get(event)
+        if alike is None or leaves is None or not same(alike, leaves):
             raise _RefutedError(f"one layer more makes a difference at {event.path or 'the model'} {event.port}")
 
 

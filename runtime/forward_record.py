@@ -37,7 +37,7 @@ Plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 """Leaves that are kept as they are."""
 
 Leaves = tuple[list[Any], pytree.TreeSpec]
-Record = Mapping[Event, Leaves]
+Record = dict[Event, Leaves]
 """The leaves of what stood at each event, and their structure; at an input that of `(args, kwargs)`."""
 
 
