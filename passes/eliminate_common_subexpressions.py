@@ -143,8 +143,6 @@ class _Elimination:
 
     def forget(self, op: AnyOp, table: _Table) -> None:
         """Takes out what the op may have changed."""
-        if isinstance(op, ops.Call) and op.target is not None and op.target.startswith("torch.set_"):
-            table.clear()
         writes = self.memory.writes(op)
         if not writes:
             return

@@ -209,12 +209,11 @@ class Body:
             match inner:
                 case ops.Call():
                     known = self.memory.origins.known(inner)
-                    if (known is None and not isinstance(inner.function, Module)) or (
-                        known is not None and known.behaviour is Behaviour.HARMLESS
-                    ):
+                    host = known is None and not isinstance(inner.function, Module)
+                    if host or (known is not None and known.behaviour is Behaviour.HARMLESS):
                         writes.add("effects")
-                    elif known is not None and known.random:
-                        writes.add("random")
+                    if host or (known is not None and known.random):
+                        writes.add("random")  # host code may draw, or set a seed
                 case ops.Raise() | ops.Import() | ops.SetGlobal() | ops.Unpack() | ops.Bound():
                     writes.add("effects") if not isinstance(inner, (ops.Unpack, ops.Bound)) else reads.add("effects")
         return reads, writes

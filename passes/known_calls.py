@@ -3,7 +3,7 @@
 `torch.nn.functional.relu` and `torch.Tensor.softmax` are torch's, `numpy.mean` numpy's, `builtins.len` and
 `math.sqrt` Python's, and `method.append` is a method whose receiver is not known: what its row says holds for every
 container, string, tensor and array that has it. Rows are derived when they are first asked for. A call that is not in
-the table is a host call; `host_calls` says why, of those that one might look for here.
+the table is a host call; `docs/passes.md` says of what kind these are, and why.
 """
 
 from __future__ import annotations

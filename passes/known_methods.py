@@ -20,12 +20,12 @@ _CHANGING = (
 )
 """Methods that change their receiver. `partition`, `put` and `fill` are those of arrays."""
 
-_TAKING = "pop popitem popleft setdefault sort move_to_end"
-"""Methods that change their receiver, and whose result may be a part of it."""
+_TAKING = "pop popitem popleft setdefault sort move_to_end __getitem__"
+"""Methods that change their receiver, and whose result may be a part of it. A `defaultdict` makes a missing item."""
 
 _LOOKING = (
     "copy get items keys values union intersection difference symmetric_difference fromkeys most_common elements split "
-    "rsplit splitlines __getitem__ __iter__"
+    "rsplit splitlines maketrans __iter__"
 )
 """Methods that only look, and whose result may be, or hold, a part of the receiver or of the arguments."""
 
@@ -33,7 +33,7 @@ _LOOKING = (
 _PLAIN = (
     "capitalize casefold center count decode encode endswith expandtabs find format format_map isalnum isalpha isascii "
     "isdecimal isdigit isdisjoint isidentifier islower isnumeric isprintable isspace issubset issuperset istitle "
-    "isupper join ljust lower lstrip maketrans removeprefix removesuffix replace rfind rindex rjust rpartition rstrip "
+    "isupper join ljust lower lstrip removeprefix removesuffix replace rfind rindex rjust rpartition rstrip "
     "startswith strip swapcase title total translate upper zfill bit_length bit_count as_integer_ratio is_integer hex "
     "fromhex from_bytes to_bytes indices"
 )

@@ -21,7 +21,7 @@ _SCALAR = {
     "operator": "not_ truth is_ is_not contains countOf indexOf length_hint",
     "math": "acos acosh asin asinh atan atan2 atanh cbrt ceil comb copysign cos cosh degrees dist erf erfc exp exp2 "
     "expm1 fabs factorial floor fmod frexp fsum gamma gcd hypot isclose isfinite isinf isnan isqrt lcm ldexp lgamma "
-    "log log10 log1p log2 modf nextafter perm pow prod radians remainder sin sinh sqrt sumprod tan tanh trunc ulp",
+    "log log10 log1p log2 modf nextafter perm pow radians remainder sin sinh sqrt sumprod tan tanh trunc ulp",
     "cmath": "acos acosh asin asinh atan atanh cos cosh exp isclose isfinite isinf isnan log log10 phase polar rect "
     "sin sinh sqrt tan tanh",
     "statistics": "correlation covariance fmean geometric_mean harmonic_mean linear_regression mean median_grouped "
@@ -38,7 +38,7 @@ _PURE = {
     "builtins": "abs all any bytearray dir divmod object pow round",
     "operator": "truediv floordiv mod pow matmul neg abs inv invert lshift rshift lt le eq ne ge gt index",
     "copy": "deepcopy",
-    "statistics": "NormalDist multimode quantiles",
+    "statistics": "NormalDist quantiles",
     "re": "findall split",
     "json": "loads",
     "textwrap": "wrap",
@@ -54,7 +54,8 @@ _VIEW = {
     "copy": "copy",
     "functools": "partial",
     "heapq": "nlargest nsmallest",
-    "statistics": "median median_high median_low mode",
+    "math": "prod",
+    "statistics": "median median_high median_low mode multimode",
     "einops": "pack unpack",
 }
 """Calls whose result may be one of the arguments, or holds them."""
@@ -97,10 +98,12 @@ _HARMLESS = {
     "tqdm.std.tqdm": "update set_description set_description_str set_postfix set_postfix_str refresh close write",
 }
 
-_RANDOM = (
-    "random uniform randint randrange gauss normalvariate betavariate expovariate gammavariate lognormvariate "
-    + ("paretovariate triangular vonmisesvariate weibullvariate getrandbits randbytes getstate")
+_RANDOM = "random randint randrange getrandbits randbytes getstate"
+_DISTRIBUTIONS = (
+    "uniform gauss normalvariate betavariate expovariate gammavariate lognormvariate paretovariate triangular "
+    "vonmisesvariate weibullvariate"
 )
+"""Draws of numbers; from a distribution whose parameters are tensors, of tensors."""
 
 _CALLING: dict[str, tuple[Place, ...]] = {
     "builtins.iter": (1,),
@@ -151,10 +154,12 @@ def python_rows() -> dict[str, KnownCall]:
     put(_HARMLESS, Behaviour.HARMLESS, scalar=True, leaf=True)
     put({"logging": "getLogger"}, Behaviour.HARMLESS)
     put({"random": _RANDOM}, Behaviour.PURE, random=True, scalar=True, leaf=True)
+    put({"random": _DISTRIBUTIONS}, Behaviour.VIEW, aliases=EVERY, random=True, leaf=True)
     put({"random": "choice choices sample"}, Behaviour.VIEW, aliases=EVERY, random=True)
     put({"random": "shuffle"}, Behaviour.CONTAINER, mutates=(0, "x"), random=True)
     put({"random": "Random"}, Behaviour.PURE)
     put({"random.Random": _RANDOM}, Behaviour.MUTATES, mutates=(0,), random=True, scalar=True, leaf=True)
+    put({"random.Random": _DISTRIBUTIONS}, Behaviour.MUTATES, mutates=(0,), aliases=EVERY, random=True, leaf=True)
     put({"random.Random": "choice choices sample"}, Behaviour.MUTATES, mutates=(0,), aliases=EVERY, random=True)
     put({"random.Random": "shuffle"}, Behaviour.MUTATES, mutates=(0, 1, "x"), random=True)
     put({"random.Random": "seed setstate"}, Behaviour.MUTATES, mutates=(0,), random=True)

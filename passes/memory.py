@@ -46,6 +46,10 @@ from nnsight_compiler.passes.roots import (
 __all__ = ["PLAIN", "Fresh", "Gradient", "Memory", "Name", "Outside", "Root", "Roots", "Site", "Weight"]
 
 
+SETTINGS = Name("settings", "torch")
+"""What calls such as `torch.set_default_dtype` set, and in a program that has one, all other calls go by."""
+
+
 class Memory:
     """The answers for one program. Only ops of that very program may be asked about.
 
@@ -58,6 +62,7 @@ class Memory:
         self._points_to = PointsTo(program, self.origins)
         self._effects: dict[tuple[int, bool], Roots] = {}
         self._open: set[int] = set()
+        self._sets = any(isinstance(op, ops.Call) and self._is_setter(op) for op in program.walk())
 
     def roots(self, operand: Operand) -> Roots:
         """The storages that an operand may be, or be a view of; empty for plain scalars."""
@@ -152,6 +157,8 @@ class Memory:
             return NOTHING
         self._open.add(id(op))
         own = self._own_writes(cast(AnyOp, op)) if writes else self._own_reads(cast(AnyOp, op))
+        if self._sets and not writes and isinstance(op, (ops.Call, ops.Operator, ops.Format)):
+            own |= {SETTINGS}
         inner = [] if isinstance(op, ops.Closure) else list(regions(op))
         if isinstance(op, (ops.Call, ops.For, ops.Unpack, ops.With)):
             inner += [self.origins.closures[root].body for root in self._points_to.called(op)]
@@ -226,6 +233,10 @@ class Memory:
             case _:
                 return NOTHING
 
+    def _is_setter(self, op: ops.Call) -> bool:
+        known = self.origins.known(op)
+        return known is not None and known.mode
+
     def _call_writes(self, op: ops.Call) -> Roots:
         known = self.origins.known(op)
         arguments = NOTHING.union(*(self._points_to.reach(self.roots(argument.value)) for argument in op.arguments))
@@ -234,6 +245,8 @@ class Memory:
             return consumed
         if known is None:
             return self._anything(op)
+        if known.mode:
+            return frozenset({SETTINGS})
         changed = list(self.origins.at(op, known.mutates))
         if known.behaviour is Behaviour.CONTAINER:
             return self._points_to.spread(consumed.union(*(self.roots(part.value) for part in changed)))

@@ -58,6 +58,12 @@ SPECIAL: dict[str, list[tuple[Any, ...]]] = {
     "random.Generator.multivariate_hypergeometric": [(GENERATOR, [4, 4], 3)],
     "random.Generator.multivariate_normal": [(GENERATOR, [0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])],
     "random.Generator.noncentral_f": [(GENERATOR, 2.0, 2.0, 2.0)],
+    "polyfit": [([0.0, 1.0, 2.0], [1.0, 2.0, 3.0], 1)],
+    "ndarray.setfield": [(ARRAYS[0], 1, np.int32)],
+    "ravel_multi_index": [(([1], [1]), (2, 2))],
+    "unpackbits": [(np.array([3], dtype=np.uint8),)],
+    "linalg.cross": [([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])],
+    "typename": [("d",)],
     "random.shuffle": [(ARRAYS[4],), ([1, 2, 3],)],
     "random.multivariate_normal": [([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])],
 }
