@@ -409,7 +409,7 @@ def test_tuple_outputs(stack, plain_stack, batch, hooked) -> None:
     assert isinstance(both, tuple)
     assert_close(both[0], kept)
     assert_close(whole(stack, batch), hooked(plain_stack, batch, hooks(lambda out: (out[0] + 1, out[1]))))
-    with pytest.raises(RunError, match="a tuple of 2"):
+    with pytest.raises(CompileError, match="a tuple of 2"):
         scalar(stack, batch)
 
 
