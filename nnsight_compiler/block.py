@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NoReturn, final
 
+from nnsight_compiler.cache import Cache
 from nnsight_compiler.compilation import Compiled
-from nnsight_compiler.experiment import Cache
 from nnsight_compiler.frontend import Block, lower_block
 from nnsight_compiler.ir.errors import ExperimentError
 from nnsight_compiler.ir.span import Span
@@ -145,8 +145,8 @@ class Trace:
         self._entered = True
         frame = sys._getframe(1)
         site = _site(frame)
-        values, given = self._arguments(site, frame)
-        compiled = site.cache.get(values, given)
+        values = self._arguments(site, frame)
+        compiled = site.cache.get(values)
         results = compiled.plan.run(*values)
         exported = _exported(site.block, compiled, results)
         self._skip(frame, exported)
@@ -163,14 +163,11 @@ class Trace:
             sys.settrace(tracing)
         return kind is _Skip
 
-    def _arguments(self, site: _Site, frame: FrameType) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(self, site: _Site, frame: FrameType) -> tuple[Any, ...]:
         """The values of the block's parameters: the trace's own, then what the block reads from the frame."""
-        names = site.cache.names
         held = frame.f_locals
         reads = [held.get(name, UNBOUND) for name in site.block.reads]
-        values = (self._model, self._args, dict(self._kwargs), *reads)
-        given = {name: value for name, value in zip(names, values, strict=True) if value is not UNBOUND}
-        return values, given
+        return self._model, self._args, dict(self._kwargs), *reads
 
     def _skip(self, frame: FrameType, exported: dict[str, Any]) -> None:
         """Hands over what the block assigned, and has Python leave the body before its first instruction.

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import CellType, FunctionType
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,7 @@ from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
+from nnsight_compiler.runtime.support import UNBOUND
 from nnsight_compiler.shapes import Inputs, extent_of
 
 if TYPE_CHECKING:
@@ -57,12 +58,25 @@ def save(value: Any) -> Any:
     return value
 
 
+class StageRunner(Protocol):
+    """Runs the program of a stage, and holds what it was compiled to."""
+
+    def run(self, *values: Any) -> Any: ...
+    @property
+    def compiled(self) -> list[Compiled]: ...
+
+
+Staged = Callable[[Program, Mapping[str, Any], Mapping[str, CellType]], StageRunner]
+"""Gives what runs the program of a stage, whose names come from these globals and this closure."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """A program compiled for one model and one shape of arguments.
 
     source: the generated functions as text: one for each site, and the one that runs the forwards.
+    stages: what runs each of the stages that begin in it, by the name of the op's result.
     """
 
     program: Program
@@ -71,6 +85,7 @@ class Compiled:
     objects: Mapping[str, Any]
     unsaved: Mapping[str, Span]
     unsure: Mapping[str, Span]
+    stages: Mapping[str, StageRunner]
 
     @property
     def source(self) -> str:
@@ -86,12 +101,20 @@ def compile_program(
     arguments: Mapping[str, Any],
     globals_: dict[str, Any],
     closure: Mapping[str, CellType],
+    staged: Staged,
     observer: Observer | None = None,
 ) -> Compiled:
-    """Compiles a program for the arguments of one call."""
+    """Compiles a program for the arguments of one call. `staged` gives what runs the stages that begin later."""
     lowered = lower_program(program, arguments, globals_, closure, observer)
-    made = plan(lowered.program, globals_, closure)
-    return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure)
+    stages: dict[str, StageRunner] = {}
+
+    def stage(op: ops.Stage) -> Callable[..., Any]:
+        frame = lowered.stages[op.result.name]
+        stages[op.result.name] = staged(op.program, frame.globals, frame.closure)
+        return stages[op.result.name].run
+
+    made = plan(lowered.program, globals_, closure, stage)
+    return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure, stages)
 
 
 def lower_program(
@@ -104,7 +127,7 @@ def lower_program(
 ) -> Specialised:
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
-    subject = Subject(arguments, globals_, closure, _helper, save)
+    subject = Subject(arguments, globals_, closure, _helper, save, UNBOUND)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 

@@ -8,17 +8,16 @@ import itertools
 import linecache
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import CellType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, final
 
-from nnsight_compiler.compilation import PASSES, Compiled, compile_program, lower_program
+from nnsight_compiler.cache import Cache, CacheInfo
+from nnsight_compiler.compilation import PASSES, Compiled, lower_program
+from nnsight_compiler.explain import Explanation, explain
 from nnsight_compiler.frontend import lower_function, lower_source
-from nnsight_compiler.ir.errors import CompileError
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.manager import Observer, PassResult
 
 if TYPE_CHECKING:
@@ -26,14 +25,6 @@ if TYPE_CHECKING:
 
 _texts = itertools.count()
 """Numbers the texts given to `from_source`."""
-
-
-class CacheInfo(NamedTuple):
-    """How often calls found a compiled program, how often one was compiled, and how many are held."""
-
-    hits: int
-    misses: int
-    size: int
 
 
 @final
@@ -54,82 +45,6 @@ class Lowered:
     def compile(self) -> Compiled:
         """The plan for this program, with the generated functions in `.source`."""
         return self._compile()
-
-
-@dataclass(slots=True)
-class _Table:
-    """Compiled programs that rest on guards over the same expressions: `key` evaluates them, on the parameters."""
-
-    key: Callable[..., Any]
-    held: dict[Any, Compiled] = field(default_factory=dict)
-    kept: list[Any] = field(default_factory=list)
-
-
-class Cache:
-    """What a program was compiled to, by what was guarded on. A lookup evaluates the guards and nothing else."""
-
-    def __init__(self, program: Program, globals_: dict[str, Any], closure: Mapping[str, CellType]) -> None:
-        self.program = program
-        self.globals = globals_
-        self.closure = closure
-        self.names = [parameter.value.name for parameter in program.parameters]
-        self._tables: dict[tuple[str, ...], _Table] = {}
-        self._lock = threading.RLock()
-        self.hits = self.misses = 0
-
-    @property
-    def size(self) -> int:
-        return sum(len(table.held) for table in self._tables.values())
-
-    def clear(self) -> None:
-        with self._lock:
-            self._tables = {}
-            self.hits = self.misses = 0
-
-    def find(self, values: tuple[Any, ...]) -> Compiled | None:
-        """The compiled program whose guards hold for these values of the parameters."""
-        for table in tuple(self._tables.values()):  # another thread may add one
-            try:
-                found = table.held.get(table.key(*values))
-            except (LookupError, AttributeError, TypeError, NameError, ValueError, RuntimeError):
-                continue  # an expression that cannot be evaluated on these values: its guards do not hold
-            if found is not None:
-                self.hits += 1
-                return found
-        return None
-
-    def get(self, values: tuple[Any, ...], given: Mapping[str, Any]) -> Compiled:
-        """The compiled program for these values; compiled now where there is none. `given` are the bound"
-        " ones, by name."""
-        found = self.find(values)
-        if found is not None:
-            return found
-        with self._lock:
-            found = self.find(values)
-            if found is not None:
-                return found
-            self.misses += 1
-            try:
-                made = compile_program(self.program, given, self.globals, self.closure)
-            except CompileError as error:
-                raise error.with_traceback(None) from None  # it says where; the compiler's own frames say nothing more
-            texts = tuple(guard.key_text for guard in made.guards)
-            table = self._tables.get(texts)
-            if table is None or any(made.objects.get(name) is not held for name, held in table.kept):
-                table = _Table(self._key(made.guards, made.objects), kept=list(made.objects.items()))
-                self._tables[texts] = table
-            table.held[table.key(*values)] = made
-            return made
-
-    def _key(self, guards: tuple[Guard, ...], objects: Mapping[str, Any]) -> Callable[..., Any]:
-        """A function of the parameters that gives what the guards compare."""
-        texts = [guard.key_text for guard in guards]
-        parameters = ", ".join(self.names)
-        outer = ", ".join(objects)
-        body = f"({', '.join(texts)},)" if texts else "()"
-        made = eval(f"lambda {outer}: lambda {parameters}: {body}", self.globals)
-        key: Callable[..., Any] = made(*objects.values())
-        return key
 
 
 class Experiment:
@@ -160,10 +75,7 @@ class Experiment:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         values = self._bind(*args, **kwargs)
         cache = self._cache or self._held()
-        found = cache.find(values)
-        if found is None:
-            found = cache.get(values, dict(zip(cache.names, values, strict=True)))
-        return found.plan.run(*values)
+        return (cache.find(values) or cache.get(values)).plan.run(*values)
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         return self if instance is None else MethodType(self, instance)
@@ -172,7 +84,7 @@ class Experiment:
         """The program after the passes, for the model and the arguments of one call. Nothing is run."""
         values = self._bind(*args, **kwargs)
         cache = self._held()
-        given = dict(zip(cache.names, values, strict=True))
+        given = cache.given(values)
         stages: list[tuple[str, Program]] = []
         observer: Observer = lambda result: stages.append(_stage(result))  # noqa: E731
         lowered = lower_program(self.ir, given, cache.globals, cache.closure, observer)
@@ -181,8 +93,12 @@ class Experiment:
     def compile(self, *args: Any, **kwargs: Any) -> Compiled:
         """The compiled program for the model and the arguments of one call. No forward is run."""
         values = self._bind(*args, **kwargs)
-        cache = self._held()
-        return cache.get(values, dict(zip(cache.names, values, strict=True)))
+        return self._held().get(values)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """The stages, forwards and host ops of one call, and why each is one. Nothing is run; what earlier calls have
+        specialised of later stages is shown."""
+        return explain(self._function.__name__, self.compile(*args, **kwargs))
 
     def check(self, *args: Any, **kwargs: Any) -> Report:
         """What is wrong with the experiment, as far as it can be told without weights and without running anything.

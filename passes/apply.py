@@ -49,6 +49,7 @@ FOLDED = {
 """Pure functions that are evaluated where every argument is a known number, string, range or tuple."""
 SAME = {"tqdm", "trange"}
 Kind = OneOf["enumerate", "zip", "reversed", "same"]
+VIEWS: dict[str, OneOf["keys", "values", "items"]] = {"keys": "keys", "values": "values", "items": "items"}
 KINDS: dict[Any, Kind] = {enumerate: "enumerate", zip: "zip", reversed: "reversed"}
 
 
@@ -146,7 +147,7 @@ class Calls(Inlining):
                 return constant(len(handle))
             case Elements(items=list() as items):
                 return constant(len(items))
-            case Known(value=held, text=text) if isinstance(held, (list, tuple, dict, str, range)):
+            case Known(value=held, text=text) if self.evaluator._countable(value):
                 if text is None:
                     return constant(len(held))
                 fact = Known(len(held), f"len({text})")
@@ -253,6 +254,10 @@ class Calls(Inlining):
                 fail(op.span, f"`.{name}` of a tracer is not run by this version yet")
             case Known(value=value) if isinstance(value, torch.Tensor):
                 pass
+            case Known(value=dict()) if name in ("keys", "values", "items") and not arguments:
+                known = known_method(name)
+                assert known is not None
+                return self._kept(op, function, arguments, known.target, known, Iteration(VIEWS[name], (receiver,)))
             case Known(value=value) if not isinstance(value, type) and type(value) not in (list, dict, set):
                 bound = getattr(type(value), name, None)
                 if isinstance(bound, FunctionType) and self._mentions(arguments):

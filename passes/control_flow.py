@@ -13,8 +13,8 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, ModelError
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.traverse import walk
-from nnsight_compiler.ir.values import Value
+from nnsight_compiler.ir.traverse import regions, walk
+from nnsight_compiler.ir.values import Literal, Operand, Tuple, Value
 from nnsight_compiler.passes.facts import (
     Abstract,
     Elements,
@@ -28,6 +28,7 @@ from nnsight_compiler.passes.interpretation import (
     Completion,
     Forwarding,
     Interpretation,
+    Undecided,
 )
 
 MAX_ROUNDS = 100_000
@@ -35,6 +36,24 @@ MAX_ROUNDS = 100_000
 
 class ControlFlow(Interpretation):
     """Interprets conditions, loops, forwards and closures."""
+
+    def handed_over(self, value: Abstract) -> Operand:
+        """The operand by which a value is handed to code that the compiler does not see: modules as users hold them."""
+        self.evaluate.resolved(value)
+        match value.fact:
+            case SiteModule(handle=handle, model=model) if handle._path:
+                result = self.builder.fresh("module")
+                self.emit(ops.Item(result, model, Literal(handle._path), span=value.span))
+                return result
+            case Elements(kind="tuple", items=list() as items) if self.evaluate.mentions_modules(value):
+                return Tuple(tuple(map(self.handed_over, items)))
+            case Elements(kind=kind, items=list() as items, keys=keys) if value.operand is None and value.make is None:
+                result = self.builder.fresh(kind)
+                spelled = [self.handed_over(key) for key in keys] if kind == "dict" else [None] * len(items)
+                elements = tuple(map(ops.Element, map(self.handed_over, items), spelled))
+                self.emit(ops.Build(result, kind, elements, span=value.span))
+                return result
+        return self.use(value)
 
     def leave(self, completion: Completion, end: type[ops.Yield] | type[ops.Continue] = ops.Yield) -> None:
         """Ends an open region of the specialised program with the terminator that the completion stands for."""
@@ -46,6 +65,8 @@ class ControlFlow(Interpretation):
             case "yield":
                 self.emit(end(tuple(map(self.use, completion.values)), span=span))
             case "continue" | "break":
+                if not self.rolled and self.forward is None and self.unrolling:
+                    raise Undecided(roll={id(self.unrolling[-1])})
                 if not self.rolled:
                     self.fail(
                         span,
@@ -132,7 +153,12 @@ class ControlFlow(Interpretation):
     def for_(self, op: ops.For) -> Completion | None:
         iterable = self.abstract(op.iterable)
         self.evaluate.calls.refuse_steps(op, iterable)
-        if id(op) in self.decisions.unroll or self.evaluate.mentions_modules(iterable):
+        if id(op) in self.decisions.roll:
+            self.stage_body(op.body)
+        elif id(op) in self.decisions.unroll or self.evaluate.mentions_modules(iterable):
+            stages = self.forward is None and not self.closures and not emits(op.body)
+            if stages and not self.evaluate.listable(iterable):
+                raise Undecided(roll={id(op)})
             items = self.evaluate.iterate(iterable, op.span)
             return self.unrolled(op, items, tuple(map(self.abstract, op.initial)))
         initial = tuple(map(self.abstract, op.initial))
@@ -142,8 +168,15 @@ class ControlFlow(Interpretation):
         orelse = None if op.orelse is None else self.loop_exit(op, op.orelse, ends)
         results = self.joined(op.results, [*ends, Completion("yield", initial)], frozenset({id(op)}))
         made = Region(parameters, body)
-        self.emit(ops.For(results, self.use(iterable), tuple(map(self.use, initial)), made, orelse, span=self.span(op)))
+        over = self.handed_over(iterable) if id(op) in self.decisions.roll else self.use(iterable)
+        self.emit(ops.For(results, over, tuple(map(self.use, initial)), made, orelse, span=self.span(op)))
         return None
+
+    def stage_body(self, region: Region) -> None:
+        """Has each round of a loop be a stage: what a kept loop's variable names is known only to its round."""
+        first = region.ops[0]
+        if id(first) not in self.decisions.stages and not isinstance(first, ops.TERMINATORS):
+            raise Undecided(stages={id(first): "what this round of the loop is for"})
 
     def loop_body(
         self, op: ops.For | ops.While, region: Region, carried: tuple[Abstract, ...], iterable: Abstract | None = None
@@ -164,7 +197,7 @@ class ControlFlow(Interpretation):
             abstract.operand = value_made
             self.scope[parameter] = abstract
         outer, self.conditions = self.conditions, self.conditions if self.forward else []
-        with self.kept(op, loop=True) as made:
+        with self.round(op), self.kept(op, loop=True) as made:
             end = self.region(region)
             self.leave(end, ops.Yield if isinstance(op, ops.While) and region is op.condition else ops.Continue)
         self.conditions = outer
@@ -183,6 +216,7 @@ class ControlFlow(Interpretation):
 
     def unrolled(self, op: ops.For, items: list[Abstract], carried: tuple[Abstract, ...]) -> Completion | None:
         rolled, self.rolled = self.rolled, []
+        self.unrolling.append(op)
         try:
             for item in items:
                 self.bind(op.body.parameters, (item, *carried))
@@ -195,6 +229,7 @@ class ControlFlow(Interpretation):
                 carried = completion.values
         finally:
             self.rolled = rolled
+            self.unrolling.pop()
         return self.loop_else(op, carried)
 
     def loop_else(self, op: ops.For | ops.While, carried: tuple[Abstract, ...]) -> Completion | None:
@@ -209,7 +244,9 @@ class ControlFlow(Interpretation):
 
     def while_(self, op: ops.While) -> Completion | None:
         initial = tuple(map(self.abstract, op.initial))
-        if id(op) in self.decisions.unroll:
+        if id(op) in self.decisions.roll:
+            self.stage_body(op.body)
+        elif id(op) in self.decisions.unroll:
             return self.unrolled_while(op, initial)
         head, condition, tests = self.loop_body(op, op.condition, initial)
         parameters, body, ends = self.loop_body(op, op.body, initial)
@@ -230,12 +267,16 @@ class ControlFlow(Interpretation):
 
     def unrolled_while(self, op: ops.While, carried: tuple[Abstract, ...]) -> Completion | None:
         rolled, self.rolled = self.rolled, []
+        self.unrolling.append(op)
         try:
             for _ in range(MAX_ROUNDS):
                 self.bind(op.condition.parameters, carried)
                 condition, *rest = self.region(op.condition).values
                 carried = tuple(rest)
-                if not self.demand(self.evaluate.truth(condition), op.span, "the condition of this loop"):
+                condition = self.evaluate.truth(condition)
+                if self.forward is None and not self.closures and not isinstance(condition.fact, Known | Elements):
+                    raise Undecided(roll={id(op)})
+                if not self.demand(condition, op.span, "the condition of this loop"):
                     return self.loop_else(op, carried)
                 self.bind(op.body.parameters, carried)
                 completion = self.region(op.body)
@@ -247,6 +288,7 @@ class ControlFlow(Interpretation):
                 carried = completion.values
         finally:
             self.rolled = rolled
+            self.unrolling.pop()
         self.fail(op.span, f"this loop names modules and does not end within {MAX_ROUNDS} rounds", "bound it")
 
     def try_(self, op: ops.Try) -> Completion | None:
@@ -280,6 +322,8 @@ class ControlFlow(Interpretation):
 
     def with_(self, op: ops.With) -> Completion | None:
         context = self.abstract(op.context)
+        if context.at_run or isinstance(context.fact, Known):
+            self.disturb()  # what entering and leaving it does is not known
         result = self.builder.fresh(op.result.name)
         self.scope[op.result] = Abstract(result, None, context.loops, context.live, self.span(op))
         with self.builder.region() as made:
@@ -306,10 +350,11 @@ class ControlFlow(Interpretation):
         self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments)
         self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
-        self.forward = Forwarding(result, module, span)
+        self.forward = Forwarding(result, module, span, op, self.builder.depth)
         outer, self.conditions = self.conditions, []
         with self.builder.region() as made:
             completion = self.region(op.body)
+        self.changes.add(self.forward.changes)
         self.forward, self.conditions = None, outer
         self.emit(ops.Forward(result, module.model, op.method, arguments, Region((), tuple(made)), span=span))
         return None if completion.kind in ("end", "yield") else completion
@@ -365,6 +410,12 @@ class ControlFlow(Interpretation):
         defaults = tuple(map(self.used, op.defaults))
         self.emit(replace(op, result=result, parameters=parameters, defaults=defaults, body=Region((), tuple(made))))
         return Abstract(result, fact, span=self.span(op))
+
+
+def emits(region: Region) -> bool:
+    """Whether a region hands out values of the generator that it belongs to."""
+    inner = (part for op in region.ops if not isinstance(op, ops.Closure) for part in regions(op))
+    return any(isinstance(op, ops.Emit) for op in region.ops) or any(map(emits, inner))
 
 
 def _touches_model(region: Region) -> bool:

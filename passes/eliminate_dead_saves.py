@@ -167,6 +167,8 @@ class _Elimination:
                 for jump in node.jumps:
                     if isinstance(jump.op, ops.Yield) and jump.op in op.condition.ops:
                         self.use(jump.op.values[0], waiting)
+            case ops.Yield() if node.parent is not None and isinstance(node.parent.op, ops.Try):
+                self.use_all(op, waiting)  # the exceptions that an `except` names
             case ops.Yield() | ops.Continue() | ops.Break():
                 pass
             case ops.Forward():
@@ -217,7 +219,7 @@ class _Elimination:
         match op:
             case ops.Global() | ops.Cell() | ops.Closure() | ops.Store() | ops.Read() | ops.Grad() | ops.Save():
                 return False
-            case ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
+            case ops.Stage() | ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
                 return False
             case ops.Attribute() | ops.Load() | ops.Bound() | ops.Item() | ops.Format() | ops.Unpack():
                 return self.might_matter(node)

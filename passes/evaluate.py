@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Literal, Module, Value
 from nnsight_compiler.passes.apply import Calls
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from nnsight_compiler.passes.interpretation import Interpretation
 
 PORTS = ("output", "input", "inputs")
+LIBRARIES = frozenset({"torch", "numpy", "einops", "transformers", *sys.stdlib_module_names}) - {"__main__"}
+"""Packages whose modules' attributes no experiment assigns."""
 PLAIN_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout"}
 """Attributes of a tensor that are plain Python values."""
 
@@ -75,7 +78,10 @@ class Evaluator(Items):
         value = frame.globals[op.name] if op.name in frame.globals else own_builtins[op.name]
         if frame.own or frame.globals is self.specialiser.subject.globals or self._same_builtin(op.name):
             kept = self._kept(op)
-            kept.fact = self._fact(value, op.name)
+            if self._assigned(op, value):
+                kept.at_run = True
+            else:
+                kept.fact = self._fact(value, op.name)
             return kept
         held = self.specialiser.guards.name(frame.globals, "globals")
         fact = self._fact(value, f"{held}[{op.name!r}]")
@@ -87,7 +93,18 @@ class Evaluator(Items):
         span = self.specialiser.span(op)
         self.specialiser.emit(ops.Import(owner, str(module), leaf=True, span=span))
         self.specialiser.emit(ops.Attribute(result, owner, op.name, span=span))
+        if self._assigned(op, value):
+            return Abstract(result, span=span, at_run=True)
         return Abstract(result, fact, span=span)
+
+    def _assigned(self, op: ops.Global, value: Any) -> bool:
+        """Whether a name may stand for another value by now. One that stands for a module, a function or an object is
+        taken to stay; what the object holds is another question."""
+        changes = self.specialiser.changes
+        if not immutable(value):
+            return op.name in changes.names
+        self.specialiser.reliances += 1
+        return changes.anything or op.name in changes.names
 
     def _same_builtin(self, name: str) -> bool:
         frame = self.specialiser.frame
@@ -103,7 +120,9 @@ class Evaluator(Items):
         held = None if cell is None else self.specialiser.guards.name(cell, op.name)
         if frame.own:
             kept = self._kept(op)
-            if cell is not None:
+            if cell is not None and self._assigned(op, value):
+                kept.at_run = True
+            elif cell is not None:
                 kept.fact = self._fact(value, f"{held}.cell_contents")
             return kept
         if cell is None:
@@ -132,17 +151,36 @@ class Evaluator(Items):
                 return self._of_tracer(op, base, forward, name)
             case Known():
                 kept = self._keep_attribute(op, base, name)
-                kept.fact = self._known_attribute(base.fact, name) or Method(base, name)
+                found = self._known_attribute(base.fact, name)
+                if found is not None and immutable(found.value) and not self._stays(base.fact.value):
+                    kept.at_run = True
+                    return kept
+                kept.fact = found or Method(base, name)
                 return kept
             case Iteration():
                 return Abstract(None, Method(base, name), base.loops, span=op.span)
         if base.operand is None and not isinstance(base.fact, Elements):
             return Abstract(None, Method(base, name), base.loops, base.live, op.span)
+        self._perhaps_a_module(base, name, op.span)
         kept = self._keep_attribute(op, base, name)
         if name in PLAIN_ATTRIBUTES:
             kept.live = 0
         kept.fact = Method(base, name)
         return kept
+
+    def _stays(self, held: Any) -> bool:
+        """Whether the attributes of a known object still are what they were when the program started."""
+        if isinstance(held, torch.Tensor) or (python_module(held) and held.__name__.partition(".")[0] in LIBRARIES):
+            return True
+        return self.specialiser.relies_on(held)
+
+    def _perhaps_a_module(self, base: Abstract, name: str, span: Span) -> None:
+        """Has a stage know what was made before this forward and is now asked for a site: it may be a module."""
+        running = self.specialiser.forward
+        if name not in PORTS or running is None or base.live or self.specialiser.program.kind == "block":
+            return
+        if not self.specialiser.made_inside(base):
+            self.specialiser.unknown(base, span, "which module this is")
 
     def _keep_attribute(self, op: ops.Attribute | ops.Read, base: Abstract, name: str) -> Abstract:
         """An attribute that is not a site, whichever way the source was lowered."""
@@ -164,8 +202,11 @@ class Evaluator(Items):
             held = getattr(value, name, inspect.Parameter.empty)
             return None if held is inspect.Parameter.empty else Evaluator._fact(held, text or name, base)
         own = getattr(value, "__dict__", {}) if _reads_plainly(type(value)) else {}
-        if name in own and not hasattr(inspect.getattr_static(type(value), name, None), "__set__"):
+        of_class = inspect.getattr_static(type(value), name, None)
+        if name in own and not hasattr(of_class, "__set__"):
             return Known(own[name], text)
+        if immutable(of_class) and of_class is not None and _reads_plainly(type(value)):
+            return Known(of_class, text)
         return None
 
     def _of_module(self, op: ops.Attribute | ops.Read, base: Abstract, module: SiteModule, name: str) -> Abstract:
@@ -235,6 +276,8 @@ class Evaluator(Items):
                 )
             case Elements():
                 base.fact.forget()
+        self._perhaps_a_module(base, name, span)
+        self.specialiser.change(base)
         self.specialiser.emit(
             ops.SetAttribute(self.specialiser.use(base), name, self.specialiser.use(value), span=span)
         )
@@ -270,6 +313,10 @@ class Evaluator(Items):
         self.specialiser.emit(
             ops.Operator(result, op.operator, tuple(use(part) for part in parts), op.in_place, span=span)
         )
+        if op.in_place:
+            self.specialiser.change(parts[0])
+        else:
+            self.specialiser.fresh.add(result.name)
         loops = NO_LOOPS.union(*(part.loops for part in parts))
         live = 0 if plain else max(part.live for part in parts)
         at_run = any(part.at_run for part in parts)

@@ -144,9 +144,10 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """`enumerate`, `zip`, `reversed`, `tqdm` of other values: transparent when iterated."""
+    """`enumerate`, `zip`, `reversed`, `tqdm` of other values, and `keys`, `values`, `items` of a known dict:
+    transparent when iterated."""
 
-    kind: OneOf["enumerate", "zip", "reversed", "same"]
+    kind: OneOf["enumerate", "zip", "reversed", "same", "keys", "values", "items"]
     bases: tuple[Abstract, ...]
     start: int = 0
 

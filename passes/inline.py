@@ -68,7 +68,9 @@ class Inlining:
                 abstract.fact = None
         use = self.specialiser.use
         callee = use(function)
-        made = tuple(replace(argument, value=use(abstract)) for argument, abstract in arguments)
+        seen = target is None or not target.startswith("torch.")
+        hand = self.specialiser.handed_over if seen else use
+        made = tuple(replace(argument, value=hand(abstract)) for argument, abstract in arguments)
         result = self.specialiser.builder.fresh(op.result.name)
         span = self.specialiser.span(op)
         self.specialiser.emit(ops.Call(result, callee, made, target, span=span))
@@ -78,11 +80,34 @@ class Inlining:
         loops = NO_LOOPS.union(*(source.loops for source in sources)) if sources else NO_LOOPS
         live = max((source.live for source in sources), default=0)
         at_run = target in (None, MODULE_CALL) or any(source.at_run for source in sources)
+        self._note_changes(op, function, arguments, target, known, result)
         if target is None:
             live = min(live, 1)
         elif target == MODULE_CALL and self.specialiser.forward is not None:
             live = 2
         return Abstract(result, fact, loops, live, span, at_run)
+
+    def _note_changes(
+        self,
+        op: ops.Call,
+        function: Abstract,
+        arguments: Arguments,
+        target: str | None,
+        known: KnownCall | None,
+        result: Value,
+    ) -> None:
+        """Notes what a call changes of what the program knows."""
+        if target == MODULE_CALL:
+            return
+        if known is None or any(argument.keyword in known.calls for argument, _ in arguments if argument.keyword):
+            self.specialiser.disturb()
+            return
+        if known.target.startswith("torch."):
+            self.specialiser.fresh.add(result.name)
+        if known.behaviour in (Behaviour.CONTAINER, Behaviour.MUTATES):
+            receiver = [function.fact.receiver] if isinstance(function.fact, Method) else []
+            for changed in (receiver or [abstract for _, abstract in arguments])[:1]:
+                self.specialiser.change(changed)
 
     def _mentions(self, arguments: Arguments) -> bool:
         """Whether a model or a module of one is among the arguments."""
@@ -222,8 +247,8 @@ class Inlining:
                 f"`{frame.name}` calls itself more than {MAX_DEPTH} times",
                 "recursion over the model must end at a depth that is known before the run",
             )
-        outer = (specialiser.scope, specialiser.frame, specialiser.rolled)
-        specialiser.scope, specialiser.frame = scope, frame
+        outer = (specialiser.scope, specialiser.frame, specialiser.rolled, specialiser.function)
+        specialiser.scope, specialiser.frame, specialiser.function = scope, frame, body
         specialiser.inlined.append(frame.name)
         try:
             with specialiser.builder.region() as made:
@@ -231,7 +256,7 @@ class Inlining:
             for op in made:
                 specialiser.emit(op)
         finally:
-            specialiser.scope, specialiser.frame, specialiser.rolled = outer
+            specialiser.scope, specialiser.frame, specialiser.rolled, specialiser.function = outer
             specialiser.inlined.pop()
         if completion.kind == "never":
             raise Unreachable

@@ -5,12 +5,15 @@ What control flow does to it is in `control_flow`, expressions are in `evaluate`
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import CellType, FunctionType
 from typing import Any, NoReturn
 from typing import Literal as OneOf
+
+import torch
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.builder import Builder
@@ -20,6 +23,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
+from nnsight_compiler.passes.changes import Changes
 from nnsight_compiler.passes.evaluate import Evaluator
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -30,8 +34,10 @@ from nnsight_compiler.passes.facts import (
     Known,
     SiteCalls,
     SiteModule,
+    immutable,
 )
 from nnsight_compiler.passes.inline import Unreachable
+from nnsight_compiler.passes.outline import Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class Subject:
     arguments: the value of each parameter, by name; a parameter that is not bound is missing.
     lower: gives the IR of a helper function.
     save: the function that users import as `save`.
+    unbound: what an empty cell holds.
     """
 
     arguments: Mapping[str, Any]
@@ -48,22 +55,47 @@ class Subject:
     closure: Mapping[str, CellType]
     lower: Callable[[FunctionType], Program]
     save: Callable[..., Any]
+    unbound: object = None
 
 
 @dataclass(slots=True)
 class Decisions:
-    """Which loops are unrolled and which conditions folded, by the identity of their op in the source program. A
-    condition on known values is folded in either set."""
+    """What an interpretation does with ops of the source program, told by their identity.
+
+    unroll, fold: the loops that are unrolled and the conditions that are folded. A condition on known values is folded
+        in either set.
+    roll: the loops that are kept although their variable names modules, since only a run tells how often they go round.
+    stages: the ops at which a stage begins, and what it needs to know.
+    whole: the ops at which none can begin.
+    changes: what the rounds of a kept loop change, where facts that a round relies on may be meant.
+    ahead: the forwards whose body begins with code that the model has no part in: that code, and the rest.
+    outlines: what was cut off at these ops; kept, so that its ops are the same ones in every interpretation.
+    """
 
     unroll: set[int] = field(default_factory=set)
     fold: set[int] = field(default_factory=set)
+    roll: set[int] = field(default_factory=set)
+    stages: dict[int, str] = field(default_factory=dict)
+    whole: set[int] = field(default_factory=set)
+    changes: dict[int, Changes] = field(default_factory=dict)
+    ahead: dict[int, tuple[Op, ...]] = field(default_factory=dict)
+    outlines: dict[int, Outline] = field(default_factory=dict)
+
+    def add(self, other: Decisions) -> None:
+        self.unroll |= other.unroll
+        self.fold |= other.fold
+        self.roll |= other.roll
+        self.stages.update(other.stages)
+        self.whole |= other.whole
+        self.changes.update(other.changes)
+        self.ahead.update(other.ahead)
 
 
 class Undecided(Exception):  # noqa: N818  # control flow, not an error
-    """The interpretation needs more loops unrolled or conditions folded."""
+    """The interpretation needs these decisions besides those that it has."""
 
-    def __init__(self, unroll: frozenset[int] = NO_LOOPS, fold: frozenset[int] = NO_LOOPS) -> None:
-        self.unroll, self.fold = unroll, fold
+    def __init__(self, **decisions: Any) -> None:
+        self.decisions = Decisions(**decisions)
 
 
 class AccessInClosure(Exception):  # noqa: N818  # control flow, not an error
@@ -84,11 +116,20 @@ END = Completion("end")
 
 @dataclass(slots=True)
 class Forwarding:
-    """The forward whose body is being interpreted."""
+    """The forward whose body is being interpreted.
+
+    op: the forward in the source program; `index`: the op of its body that is interpreted now.
+    depth: how many regions are open around it.
+    changes: what its body changes; facts hold on inside it, since no stage can begin there.
+    """
 
     result: Value
     module: SiteModule
     span: Span
+    op: ops.Forward
+    depth: int
+    index: int = 0
+    changes: Changes = field(default_factory=Changes)
 
 
 class Interpretation:
@@ -107,12 +148,24 @@ class Interpretation:
         self.models: dict[str, Any] = {}
         self.conditions: list[tuple[int, Abstract]] = []
         self.rolled: list[int] = []
+        self.unrolling: list[Op] = []
         self.inlined: list[str] = []
         self.closures = 0
+        self.parameters: list[ops.Parameter] = []
+        self.function = program.body
+        self.positions: list[Op] = []
+        self.stages: dict[str, Frame] = {}
+        self.changes = Changes()
+        self.reliances = 0
+        self.fresh: set[str] = set()
         self.evaluate = Evaluator(self)
 
     def op(self, op: Op) -> Completion | None:
         """Interprets one op; a completion where control leaves the region."""
+        raise NotImplementedError
+
+    def staged(self, region: Region, index: int) -> Region:
+        """Has a stage begin at this op of a region: the ops that then stand in the place of the rest."""
         raise NotImplementedError
 
     # --- operands ---
@@ -155,6 +208,10 @@ class Interpretation:
     def used(self, operand: Operand) -> Operand:
         return self.use(self.abstract(operand))
 
+    def handed_over(self, value: Abstract) -> Operand:
+        """The operand by which a value is handed to code that the compiler does not see."""
+        raise NotImplementedError
+
     def emit(self, op: Op) -> None:
         self.builder.emit(op)
 
@@ -181,7 +238,7 @@ class Interpretation:
             self.scope[value] = made[-1]
             return new
 
-        new = rewrite(op, operand=lambda value: self.use(self.scope[value]))
+        new = rewrite(op, operand=lambda value: self.handed_over(self.scope[value]))
         self.emit(replace(rewrite(new, result=result), span=span))
         return made[0] if made else None
 
@@ -191,6 +248,8 @@ class Interpretation:
         """The value itself, guarded on. `what` says what it is needed for, in an error."""
         match value.fact:
             case Known(value=known, text=text):
+                if not immutable(known) and hasattr(type(known), "__index__"):  # a tensor, or a number of numpy's
+                    known, text = operator.index(known), text and f"({text}).__index__()"
                 if text is not None:
                     self.guards.add(text, "value", known)
                 return known
@@ -199,20 +258,12 @@ class Interpretation:
         return self.unknown(value, span, what)
 
     def unknown(self, value: Abstract, span: Span, what: str) -> NoReturn:
-        loops = value.loops
-        if isinstance(value.fact, Elements):
-            loops |= value.fact.loops
-        if loops - self.decisions.unroll and not value.at_run:
-            raise Undecided(unroll=loops)
-        if self.closures:
-            raise AccessInClosure
-        related = ((value.span, "it is made here"),) if value.span.line else ()
-        self.fail(
-            span,
-            f"{what} must be known before the model runs, but only a run can give it",
-            "pass it to the function as an argument, or compute it in a call of its own",
-            related,
-        )
+        """Called where a value must be known and is not: unrolling a loop, or a stage that begins later, helps."""
+        raise NotImplementedError
+
+    def made_inside(self, value: Abstract) -> bool:
+        """Whether a value depends on what the body of the forward around makes: values of the model, host calls."""
+        raise NotImplementedError
 
     def fail(self, span: Span, reason: str, way_out: str = "", related: tuple[tuple[Span, str], ...] = ()) -> NoReturn:
         raise CompileError([Diagnostic(self.frame.override or span, reason, way_out, related)])
@@ -234,9 +285,9 @@ class Interpretation:
         """Has the conditions around this place folded where they can be."""
         for identity, condition in self.conditions:
             if isinstance(condition.fact, Known):
-                raise Undecided(fold=frozenset({identity}))
-            if condition.loops and not condition.at_run:
-                raise Undecided(unroll=condition.loops)
+                raise Undecided(fold={identity})
+            if condition.loops - self.decisions.roll and not condition.at_run:
+                raise Undecided(unroll=set(condition.loops))
 
     def site(self, value: Abstract, span: Span) -> tuple[Module, int | None]:
         """The module that an access names, as an operand, and its call index."""
@@ -257,15 +308,59 @@ class Interpretation:
             )
         return Module(forward.module.model, module.handle._path), call
 
+    # --- what the program changes ---
+
+    def disturb(self) -> None:
+        """Unknown code runs: what globals, attributes and containers hold is no longer known."""
+        (self.changes if self.forward is None else self.forward.changes).anything = True
+
+    def change(self, value: Abstract) -> None:
+        """A value is written to in place."""
+        if value.live or isinstance(value.fact, Elements):
+            return
+        if isinstance(value.fact, Known):
+            if not isinstance(value.fact.value, torch.Tensor):
+                self.changes.objects[id(value.fact.value)] = value.fact.value
+        elif not isinstance(value.operand, Value) or value.operand.name not in self.fresh:
+            self.disturb()
+
+    def relies_on(self, held: Any) -> bool:
+        """Whether what a mutable object holds is what it held when the program started. Where it is, that is noted."""
+        self.reliances += 1
+        return not self.changes.of(held)
+
+    @contextmanager
+    def round(self, loop: Op) -> Iterator[None]:
+        """One round of a kept loop: whatever any round changes may have been changed before it begins."""
+        relied = self.reliances
+        if id(loop) in self.decisions.changes:
+            self.changes.add(self.decisions.changes[id(loop)])
+        known = self.changes.copy()
+        yield
+        if self.reliances > relied and not known.covers(self.changes):
+            raise Undecided(changes={id(loop): self.changes.copy()})
+
     # --- regions and cells ---
 
     def region(self, region: Region) -> Completion:
         """Interprets the ops of a region in place."""
-        for op in region.ops:
+        for index, op in enumerate(region.ops):
+            begins = self.forward is None and not self.closures
+            if begins and id(op) in self.decisions.stages and id(op) not in self.decisions.whole:
+                return self.region(self.staged(region, index))
+            if begins and id(op) in self.decisions.ahead:
+                return self.region(Region((), (*self.decisions.ahead[id(op)], *region.ops[index + 1 :])))
+            if begins:
+                self.positions.append(op)
+            elif self.forward is not None and region is self.forward.op.body:
+                self.forward.index = index
             try:
                 completion = self.op(op)
             except Unreachable:
                 return Completion("never")
+            finally:
+                if begins:
+                    self.positions.pop()
             if completion is not None:
                 return completion
         return END
@@ -303,6 +398,7 @@ class Interpretation:
                 self.keep_with_unknown(op, value)
                 if isinstance(held.fact, Elements) and held.fact.items is not None:
                     held.fact.items = [value]
+                self.change(held)
             case ops.Load():
                 held = self.abstract(op.cell)
                 if isinstance(held.fact, Elements) and held.fact.items is not None:
@@ -312,8 +408,14 @@ class Interpretation:
                         return
                 kept = self.keep(op)
                 assert kept is not None
-                if isinstance(held.fact, Elements):
-                    kept.loops |= held.fact.loops
+                match held.fact:
+                    case Elements():
+                        kept.loops |= held.fact.loops
+                    case Known(value=box, text=text) if self.relies_on(box):
+                        if box.value is not self.subject.unbound:
+                            kept.fact = Known(box.value, f"{text}.value")
+                    case Known():
+                        kept.at_run = True
 
     def keep_with_unknown(self, op: ops.Cell | ops.Store, value: Abstract) -> None:
         """Keeps an op that stores a value; a module or a function that touches the model leaves the box empty."""

@@ -117,6 +117,8 @@ class Items:
                     return found
         kept = self._kept(op, live=max(base.live, index.live))
         match base.fact, index.fact:
+            case Known(value=tuple() | list() | dict() as held), _ if not self._unchanged(held):
+                kept.at_run = True
             case Known(value=held, text=text), Known(value=key, text=key_text) if isinstance(held, (tuple, list, dict)):
                 try:
                     kept.fact = Known(held[key], f"{text}[{key_text or repr(key)}]" if text else None)
@@ -186,6 +188,7 @@ class Items:
                 base.fact.forget()
             case Elements():
                 base.fact.forget()
+        self.specialiser.change(base)
         use = self.specialiser.use
         self.specialiser.emit(ops.SetItem(use(base), use(index), use(value), span=self.specialiser.span(op)))
 
@@ -203,9 +206,16 @@ class Items:
                 self.specialiser.keep(op)
                 if isinstance(value.fact, Known) and isinstance(value.fact.value, (tuple, list)):
                     held, text = value.fact.value, value.fact.text
-                    if op.star < 0 and len(held) == len(op.results):
+                    if not self._unchanged(held):
+                        for result in op.results:
+                            self.specialiser.scope[result].at_run = True
+                    elif op.star < 0 and len(held) == len(op.results):
                         for index, result in enumerate(op.results):
                             self.specialiser.scope[result].fact = Known(held[index], text and f"{text}[{index}]")
+
+    def _unchanged(self, held: Any) -> bool:
+        """Whether a known container still holds what it held when the program started."""
+        return isinstance(held, (tuple, str, range)) or self.specialiser.relies_on(held)
 
     # --- iteration ---
 
@@ -244,6 +254,10 @@ class Items:
                 return self.iterate(base, span)[::-1]
             case Iteration(kind="same", bases=(base,)):
                 return self.iterate(base, span)
+            case Iteration(kind="keys" | "values" | "items" as kind, bases=(base,)):
+                return self._entries(value, kind, base, span)
+            case Known(value=list() | dict() as held) if not self._unchanged(held):
+                return self.specialiser.unknown(value, span, "what this loop goes over")
             case Known(value=held, text=text) if isinstance(held, (list, tuple, dict)) and not immutable(held):
                 return self._elements_of_known(value, held, text, span)
             case Known(value=held):
@@ -270,13 +284,24 @@ class Items:
 
     def _countable(self, value: Abstract) -> bool:
         match self.resolved(value).fact:
-            case SiteModule() | Elements(items=list()):
+            case SiteModule() | Elements(items=list()) | Iteration(kind="keys" | "values" | "items"):
                 return True
             case Iteration(bases=bases):
                 return any(map(self._countable, bases))
             case Known(value=held):
-                return isinstance(held, (list, tuple, dict, str, range))
+                return isinstance(held, (list, tuple, dict, str, range)) and self._unchanged(held)
         return False
+
+    def listable(self, value: Abstract) -> bool:
+        """Whether the items of an iterable can be told now, without drawing them from what gives each of them once."""
+        match value.fact:
+            case Iteration(kind="keys" | "values" | "items", bases=(Abstract(fact=Known(value=held)),)):
+                return self._unchanged(held)
+            case Iteration(bases=bases):
+                return all(map(self.listable, bases))
+            case Known(value=held):
+                return immutable(held) or (isinstance(held, (list, tuple, dict)) and self._unchanged(held))
+        return self._countable(value)
 
     def _indexed(self, base: Abstract, length: int, span: Span) -> list[Abstract]:
         """The first items of a value that only the run gives."""
@@ -289,6 +314,18 @@ class Items:
             )
             items.append(Abstract(result, None, base.loops, base.live, span))
         return items
+
+    def _entries(self, value: Abstract, kind: str, base: Abstract, span: Span) -> list[Abstract]:
+        """The items of a view of a known dict."""
+        assert isinstance(base.fact, Known)
+        held, text = base.fact.value, base.fact.text
+        if not self._unchanged(held):
+            return self.specialiser.unknown(base, span, "what this loop goes over")
+        listed = self.specialiser.builder.fresh(kind)
+        element = ops.Element(self.specialiser.use(value), starred=True)
+        self.specialiser.emit(ops.Build(listed, "list", (element,), span=self.specialiser.frame.override or span))
+        entries, spelled = list(getattr(held, kind)()), None if text is None else f"list({text}.{kind}())"
+        return self._elements_of_known(Abstract(listed, None, value.loops, value.live, span), entries, spelled, span)
 
     def _elements_of_known(self, value: Abstract, held: Any, text: str | None, span: Span) -> list[Abstract]:
         if text is not None:

@@ -173,7 +173,7 @@ class Memory:
             case ops.Build(elements=elements):
                 starred = [self.roots(element.value) for element in elements if element.starred]
                 return self._points_to.spread(NOTHING.union(*starred))
-            case ops.Cell() | ops.Store() | ops.SetGlobal() | ops.Closure() | ops.Bound() | ops.Import():
+            case ops.Cell() | ops.Store() | ops.SetGlobal() | ops.Closure() | ops.Stage() | ops.Bound() | ops.Import():
                 return NOTHING
             case ops.Yield() | ops.Continue() | ops.Break() | ops.Emit():
                 return NOTHING

@@ -261,6 +261,8 @@ class PointsTo:
                     self._add(parameter, self.roots(default))
                 self._hold(own, NOTHING.union(*map(self.roots, _captured(body))))
                 self._block(body, _Place(place.forward, place.rows, result.name))
+            case ops.Stage(result=result):
+                self._add(result, {Outside(result.name)})
             case ops.If(results=results, then=then, orelse=orelse):
                 self._block(then, replace(place, yields=(results,)))
                 self._block(orelse, replace(place, yields=(results,)))

@@ -12,7 +12,8 @@ Legal because only operations that are known to be pure are evaluated here, and 
 argument or a global is recorded as a guard: the result holds for every call for which the guards do.
 
 Loops and conditions are first kept. When something inside turns out to need the loop's variable, the loop is noted in
-`Decisions`, and the interpretation starts again.
+`Decisions`, and the interpretation starts again. So it does where a value must be known that only the run of what
+precedes gives: a stage then begins at that op (see `staging`).
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
-from nnsight_compiler.ir.values import Literal, Tuple, Unbound, Value
-from nnsight_compiler.passes.control_flow import ControlFlow
+from nnsight_compiler.ir.values import Unbound, Value
 from nnsight_compiler.passes.facts import (
     Abstract,
     Elements,
     Fact,
+    Frame,
     Guard,
     Known,
     SiteCalls,
-    SiteModule,
     Tracer,
 )
 from nnsight_compiler.passes.interpretation import (
@@ -44,6 +44,7 @@ from nnsight_compiler.passes.interpretation import (
     Subject,
     Undecided,
 )
+from nnsight_compiler.passes.staging import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Specialised:
     models: the wrapped model of each forward.
     unsaved: for a block, exports that hold values of the model which were not saved: name to where they were made.
     unsure: for a block, exports of which only the run can tell whether they are such values.
+    stages: where the names of each stage come from, by the name of its result.
     """
 
     program: Program
@@ -64,6 +66,7 @@ class Specialised:
     models: Mapping[str, Any]
     unsaved: Mapping[str, Span]
     unsure: Mapping[str, Span]
+    stages: Mapping[str, Frame]
 
 
 def specialise(program: Program, subject: Subject) -> Specialised:
@@ -77,15 +80,14 @@ def specialise(program: Program, subject: Subject) -> Specialised:
         try:
             return Specialiser(program, subject, decisions).run()
         except Undecided as undecided:
-            decisions.unroll |= undecided.unroll
-            decisions.fold |= undecided.fold
+            decisions.add(undecided.decisions)
 
 
-class Specialiser(ControlFlow):
+class Specialiser(Staging):
     """One interpretation of a program, under fixed decisions."""
 
     def run(self) -> Specialised:
-        parameters = []
+        parameters = self.parameters
         for parameter in self.program.parameters:
             name = parameter.value.name
             value = self.builder.fresh(name)
@@ -99,7 +101,7 @@ class Specialiser(ControlFlow):
             (result,) = completion.values
             if self.program.kind == "block":
                 result = self.exports(result, unsaved, unsure)
-            self.emit(ops.Return(self.use(self.handed_back(result)), span=completion.span or self.program.span))
+            self.emit(ops.Return(self.handed_over(result), span=completion.span or self.program.span))
         guards = tuple(self.guards.guards.values())
         program = replace(
             self.program,
@@ -108,7 +110,7 @@ class Specialiser(ControlFlow):
             target=next((type(model._module).__name__ for model in self.models.values()), ""),
             given=tuple(str(guard) for guard in guards if guard.kind in ("value", "length")),
         )
-        return Specialised(program, guards, self.guards.objects, self.inputs, self.models, unsaved, unsure)
+        return Specialised(program, guards, self.guards.objects, self.inputs, self.models, unsaved, unsure, self.stages)
 
     def exports(self, result: Abstract, unsaved: dict[str, Span], unsure: dict[str, Span]) -> Abstract:
         """The returned tuple of a block, without the values of the model that were not saved."""
@@ -122,18 +124,7 @@ class Specialiser(ControlFlow):
                 unsure[name] = part.span
             hidden = part.live == 2 or part.operand is None or isinstance(part.fact, (Tracer, SiteCalls))
             parts.append(Abstract(Unbound()) if hidden else part)
-        return Abstract(Tuple(tuple(self.use(self.handed_back(part)) for part in parts)))
-
-    def handed_back(self, value: Abstract) -> Abstract:
-        """A returned value: modules of the model are given as the user holds them, not as torch modules."""
-        match value.fact:
-            case SiteModule(handle=handle, model=model) if handle._path:
-                result = self.builder.fresh("module")
-                self.emit(ops.Item(result, model, Literal(handle._path), span=value.span))
-                return Abstract(result, span=value.span)
-            case Elements(kind="tuple", items=list() as items):
-                return self.pack([self.handed_back(item) for item in items])
-        return value
+        return self.pack(parts)
 
     def op(self, op: Op) -> Completion | None:
         """Interprets one op; a completion where control leaves the region."""
@@ -160,6 +151,12 @@ class Specialiser(ControlFlow):
                     value.operand, Unbound
                 ):
                     self.keep(op)
+                elif self.program.kind == "stage" and any(
+                    value.operand == parameter.value for parameter in self.parameters
+                ):
+                    kept = self.keep(op)  # another call may not have it
+                    assert kept is not None
+                    kept.fact = value.fact
                 else:
                     self.scope[op.result] = value
             case ops.Cell() | ops.Load() | ops.Store():
@@ -210,6 +207,11 @@ class Specialiser(ControlFlow):
                     held = self.scope[name]
                     if isinstance(held.fact, Elements):
                         held.fact.forget()
+                match op:
+                    case ops.SetGlobal(name=assigned):
+                        self.changes.names.add(assigned)
+                    case ops.Delete(object=base):
+                        self.change(self.abstract(base))
                 self.keep(op)
         return None
 

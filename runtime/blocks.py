@@ -9,7 +9,20 @@ from dataclasses import dataclass, replace
 from typing import assert_never, cast
 
 from nnsight_compiler.ir.errors import IRError
-from nnsight_compiler.ir.ops import AnyOp, Break, Continue, Emit, Global, Load, Op, Parameter, Region, Unpack, Yield
+from nnsight_compiler.ir.ops import (
+    AnyOp,
+    Break,
+    Continue,
+    Emit,
+    Global,
+    Load,
+    Op,
+    Parameter,
+    Region,
+    Stage,
+    Unpack,
+    Yield,
+)
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, used, walk
@@ -75,6 +88,10 @@ class Blocks(Expressions):
     def model_op(self, op: Op) -> list[ast.stmt]:
         """The statements of an op that takes part in a model's forward."""
         raise IRError(f"{op.span}: {type(op).__name__} stands in code that runs no model")
+
+    def stage(self, op: Stage) -> ast.expr:
+        """The function that specialises and runs a stage."""
+        raise IRError(f"{op.span}: a stage stands in code that is not specialised")
 
     def lower(self, op: AnyOp) -> ast.expr | list[ast.stmt]:
         """An op as an expression, where it only computes its result, else as statements."""

@@ -7,12 +7,12 @@ every other value is a local variable. The functions bear the user's file name a
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any, final
 
-from nnsight_compiler.ir.ops import AnyOp, Argument, At, Op, Parameter, Read, Region, Save, SetItem, Write
+from nnsight_compiler.ir.ops import AnyOp, Argument, At, Op, Parameter, Read, Region, Save, SetItem, Stage, Write
 from nnsight_compiler.ir.ops import Forward as ForwardOp
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
@@ -41,16 +41,21 @@ class Plan:
     forwards: tuple[Forward, ...]
 
 
-def plan(program: Program, globals_: dict[str, Any], closure: Mapping[str, CellType] | None) -> Plan:
+Stages = Callable[[Stage], Callable[..., Any]]
+"""Gives the function that specialises the program of a stage to its arguments, and runs it."""
+
+
+def plan(program: Program, globals_: dict[str, Any], closure: Mapping[str, CellType] | None, stages: Stages) -> Plan:
     """Generates the functions of a placed program."""
-    return _Generator(program).plan(globals_, closure)
+    return _Generator(program, stages).plan(globals_, closure)
 
 
 class _Generator(Statements):
     """Generates the functions of one program: those at its sites first, then the one that runs the forwards."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, stages: Stages) -> None:
         super().__init__(program, Names(program))
+        self.stages = stages
         self.value = self.names.temporary("value")
         self.state = self.names.temporary("state")
         self.crossing = _crossing(program)
@@ -120,6 +125,9 @@ class _Generator(Statements):
     def module(self, operand: Module, span: Span) -> ast.expr:
         found = self.constant("module_of", resolve)
         return ast.Call(func=found, args=[self.operand(operand.model, span), ast.Constant(operand.path)], keywords=[])
+
+    def stage(self, op: Stage) -> ast.expr:
+        return self.constant("stage", self.stages(op))
 
     # --- the ops of a model ---
 

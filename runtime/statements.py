@@ -52,6 +52,7 @@ from nnsight_compiler.ir.ops import (
     SetGrad,
     SetItem,
     Skip,
+    Stage,
     Steps,
     Stop,
     Store,
@@ -117,6 +118,8 @@ class Statements(Control):
                 return [ast.Assign(targets=[self.pattern(op)], value=self.operand(value, span))]
             case Closure():
                 return self.closure(op)
+            case Stage():
+                return self.stage(op)
             case If():
                 return self.condition(op)
             case For():

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from nnsight_compiler.ir.ops import Op
+from nnsight_compiler.ir.ops import Op, Region
+from nnsight_compiler.ir.traverse import walk
 from nnsight_compiler.ir.types import ANY, Type
 from nnsight_compiler.ir.values import Value
 
@@ -49,6 +50,15 @@ class Builder:
         """Appends an op to the innermost open region, and returns it."""
         self._open[-1].append(op)
         return op
+
+    def open_ops(self, depth: int) -> Iterator[Op]:
+        """Every op so far of the open regions, without the outermost `depth` ones."""
+        return (op for held in self._open[depth:] for op in walk(Region((), tuple(held))))
+
+    @property
+    def depth(self) -> int:
+        """How many regions are open, the outermost list included."""
+        return len(self._open)
 
     @contextmanager
     def region(self) -> Iterator[list[Op]]:

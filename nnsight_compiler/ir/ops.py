@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from typing import ClassVar, final, get_args
+from typing import TYPE_CHECKING, ClassVar, final, get_args
 from typing import Literal as OneOf
 
 from nnsight_compiler.ir.span import NOWHERE, Span
 from nnsight_compiler.ir.values import Module, Operand, Value
+
+if TYPE_CHECKING:
+    from nnsight_compiler.ir.program import Program
 
 
 class Effect(Flag):
@@ -319,6 +322,17 @@ class Closure(Op):
     generator: bool = False
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Stage(Op):
+    """A function that specialises `program` to its arguments when it is called, and then runs it: what depends on
+    `needs`, which only a run can give. The program is as the user wrote it, so that no pass looks into it."""
+
+    result: Value
+    program: Program
+    needs: str
+
+
 # --- control flow ---
 
 
@@ -582,7 +596,7 @@ class At(Op):
 Terminator = Yield | Break | Continue | Return | Raise
 AnyOp = (
     Global | SetGlobal | Cell | Load | Store | Bound | Import
-    | Attribute | SetAttribute | Item | SetItem | Delete | Build | Format | Unpack | Operator | Call | Closure
+    | Attribute | SetAttribute | Item | SetItem | Delete | Build | Format | Unpack | Operator | Call | Closure | Stage
     | If | For | While | Try | With | Yield | Emit | Break | Continue | Return | Raise
     | Forward | Invoke | Steps | Read | Write | Skip | Save | Stop | Backward | Grad | SetGrad | At
 )  # fmt: skip

@@ -51,19 +51,25 @@ class _Parser:
     def program(self) -> Program:
         if not self.lines:
             raise IRError("line 1, column 1: expected a program, found nothing")
-        line = self.lines[0]
-        header = self.header(line)
-        span = self.span
-        body = self.region((), line.indentation, 1)
+        program = self.code(self.lines[0], 1)
         if self.next < len(self.lines):
             raise self.error(self.lines[self.next], "expected the end of the program: this line is not inside it")
+        return program
+
+    def code(self, line: Line, depth: int) -> Program:
+        """A program whose header is this line. Its values are its own."""
+        outer, self.values = self.values, {}
+        header = self.header(line)
+        span = self.span
+        body = self.region((), line.indentation, depth)
+        self.values = outer
         return Program(body=body, span=span, **header)
 
     def header(self, line: Line) -> dict[str, Any]:
         cursor = self.advance(line)
         kind = cursor.word()
         if not conforms(kind, schema(Program)["kind"]):
-            cursor.fail("expected `experiment`, `block` or `function`", back=1)
+            cursor.fail("expected `experiment`, `block`, `function` or `stage`", back=1)
         name = cursor.name()
         parameters, defaults = cursor.signature()
         if any(default != Literal(...) for default in defaults):
@@ -119,6 +125,8 @@ class _Parser:
                     fields.update(cursor.hole(part))
         if "result" in fields:
             names = (fields["result"], *names)
+        if kind is ops.Stage:
+            fields["program"] = self.stage(line, depth)
         self.results(cursor, kind, names, fields)
         if star >= 0 and kind is not ops.Unpack:
             raise self.error(line, "only `unpack` has a starred result")
@@ -134,6 +142,14 @@ class _Parser:
         if kind is ops.At and not isinstance(fields["module"], Module):
             raise self.error(line, "expected a module, such as `%model@transformer.h.3`")
         return kind(span=span, **fields)
+
+    def stage(self, line: Line, depth: int) -> Program:
+        """The program of a `stage`, which follows its line, indented by two more."""
+        if self.next == len(self.lines) or self.lines[self.next].indentation != line.indentation + 2:
+            raise self.error(line, "expected the program of this stage on the lines after it")
+        if depth >= MAX_NESTING:
+            raise self.error(line, f"regions nested more than {MAX_NESTING} deep")
+        return self.code(self.lines[self.next], depth + 1)
 
     def result_names(self, cursor: Cursor) -> tuple[tuple[str, ...], int]:
         """`%a, *%b = `: the names of the results, and which is starred. Nothing where no `=` follows."""

@@ -24,8 +24,7 @@ _FARTHEST_COMMENT = 88
 def print_program(program: Program) -> str:
     """The program as text, which `parse_program` reads back to an equal program."""
     lines = _Lines()
-    lines.add(0, _program_header(program), program.span)
-    lines.region(program.body, 1)
+    lines.program(program, 0)
     return str(lines)
 
 
@@ -60,9 +59,15 @@ class _Lines:
             comment = f"# {spell_file(span.file)}:{span.line}"
         self.lines.append(("  " * depth + text, comment))
 
+    def program(self, program: Program, depth: int) -> None:
+        self.add(depth, _program_header(program), program.span)
+        self.region(program.body, depth + 1)
+
     def region(self, region: Region, depth: int) -> None:
         for op in region.ops:
             self.add(depth, print_op(op), op.span)
+            if isinstance(op, ops.Stage):
+                self.program(op.program, depth + 1)
             for label, name in BLOCKS.get(type(op), ()):
                 self.block(op, label, getattr(op, name), depth)
 

@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from typing import Literal as OneOf
 
 from nnsight_compiler.ir.ops import Region
+from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.values import Slice, Tuple
 
 _KNOWN: dict[type, dict[str, Any]] = {}
@@ -17,7 +18,7 @@ _KNOWN: dict[type, dict[str, Any]] = {}
 def schema(kind: type) -> Mapping[str, Any]:
     """The annotation of each field of a dataclass, in order, `span` left out."""
     if kind not in _KNOWN:
-        hints = get_type_hints(kind)
+        hints = get_type_hints(kind, localns={"Program": Program})
         _KNOWN[kind] = {item.name: hints[item.name] for item in fields(kind) if item.name != "span"}
     return _KNOWN[kind]
 
@@ -28,7 +29,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def conforms(held: object, hint: Any) -> bool:
-    """Whether a value is what an annotation says: it looks into tuples and arguments, not into regions and operands,
+    """Whether a value is what an annotation says: it looks into tuples and arguments, not into code and operands,
     whose depth is not bounded here."""
     for each in alternatives(hint):
         origin = get_origin(each)
@@ -49,6 +50,6 @@ def conforms(held: object, hint: Any) -> bool:
 
 
 def _parts_conform(held: object, kind: type) -> bool:
-    if kind in (Region, Slice, Tuple):
+    if kind in (Region, Slice, Tuple, Program):
         return True
     return all(conforms(getattr(held, name), hint) for name, hint in schema(kind).items())

@@ -56,7 +56,7 @@ def from_json(data: dict[str, Any]) -> Program:
     if type(data["version"]) is not int or data["version"] != VERSION:
         reader.fail("version", f"this is version {data['version']!r:.20}, and only {VERSION} is known")
     reader.files = [reader.string(file, f"files[{i}]") for i, file in enumerate(reader.array(data["files"], "files"))]
-    program = cast(Program, reader.record(data["program"], Program, "program", 0))
+    program = reader.program(data["program"], "program", 0)
     verify(program)
     return program
 
@@ -235,10 +235,19 @@ class _Reader:
             return data
         if choice is Region:
             return self.region(data, path, depth + 1)
+        if choice is Program:
+            return self.program(data, path, depth + 1)
         if choice is Module:
             module = self.operand(data, path)
             return module if isinstance(module, Module) else self.fail(path, "expected a module")
         return self.record(data, choice, path, depth)
+
+    def program(self, data: object, path: str, depth: int) -> Program:
+        """A program. Its values are its own."""
+        outer, self.values = self.values, {}
+        found = cast(Program, self.record(data, Program, path, depth))
+        self.values = outer
+        return found
 
     def region(self, data: object, path: str, depth: int) -> Region:
         if depth > MAX_NESTING:

@@ -79,6 +79,7 @@ FORMS: tuple[Form, ...] = (
     _form(ops.Call, "call {function:operand}{arguments:arguments}{target:as}"),
     _form(ops.Closure, "closure {name:name}{parameters+defaults:signature}", generator=False),
     _form(ops.Closure, "generator {name:name}{parameters+defaults:signature}", generator=True),
+    _form(ops.Stage, "stage {needs:text}"),
     _form(ops.If, "if {condition:operand}"),
     _form(ops.For, "for {body+iterable+initial:loop}"),
     _form(ops.While, "while{condition+initial:carry}"),

@@ -26,7 +26,7 @@ _RANKS = ("positional_only", "positional_or_keyword", "var_positional", "keyword
 
 def verify(program: Program) -> None:
     """Raises `IRError`, naming the op and the rule, unless the program is well formed."""
-    _Verifier(program).check()
+    _Verifier(program).check(1)
 
 
 @final
@@ -54,14 +54,14 @@ class _Verifier:
         self.defined: dict[str, Value] = {}
         self.visible: set[str] = set()
 
-    def check(self) -> None:
+    def check(self, depth: int) -> None:
         program = self.program
         for name, hint in schema(Program).items():
             if not conforms(getattr(program, name), hint):
                 self.fail(None, f"the field `{name}` holds {getattr(program, name)!r:.80}")
         self.signature(None, program.parameters)
         anywhere = program.kind == "function"
-        place = _Place(forward=anywhere, backward=anywhere)
+        place = _Place(forward=anywhere, backward=anywhere, depth=depth)
         self.region(None, program.body, place, 0, signature=program.parameters)
         if program.exports and program.kind != "block":
             self.fail(None, "only a block has exports")
@@ -171,7 +171,7 @@ class _Verifier:
                 return initial
             case ops.Cell(initial=value) | ops.Store(value=value) | ops.Bound(value=value):
                 return (value,)
-            case ops.Return(value=Tuple(parts=parts)) if self.program.kind == "block" and not place.closure:
+            case ops.Return(value=Tuple(parts=parts)) if self.program.kind in ("block", "stage") and not place.closure:
                 return parts
             case _:
                 return ()
@@ -206,6 +206,10 @@ class _Verifier:
                 self.closure(op, parameters, len(defaults))
                 # Where a closure is called is not known here, and so whether a forward is around it then.
                 self.region(op, body, _Place(None, None, True, True, True, generator, place.depth), 0, 0, parameters)
+            case ops.Stage(program=program):
+                if program.kind != "stage":
+                    self.fail(op, f"it holds a program of the kind `{program.kind}`")
+                _Verifier(program).check(place.depth)
             case ops.If(results=results, then=then, orelse=orelse):
                 for region in (then, orelse):
                     self.region(op, region, replace(place, yields=len(results)), 0, len(results))

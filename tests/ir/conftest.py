@@ -380,14 +380,18 @@ class Maker:
         finalizer = self.inner(place) if self.flag() or not handlers else None
         return {"body": body, "handlers": handlers, "orelse": orelse, "finalizer": finalizer}
 
+    def make_stage(self, place: Place) -> dict[str, Any]:
+        inner = Maker(self.random.getrandbits(32), 1 + self.size // 2)
+        return {"needs": self.pick(STRINGS), "program": inner.program("stage"), "result": self.define()}
+
     def make_steps(self, place: Place) -> dict[str, Any]:
         held = {"tracer": self.operand(), "start": self.operand(), "stop": self.operand()}
         return {**held, "body": self.region(replace(place, yields=0, needed=0, loop=0), 1)}
 
     # --- programs ---
 
-    def program(self) -> Program:
-        kind = self.pick(("experiment", "block", "function"))
+    def program(self, kind: Any = None) -> Program:
+        kind = kind or self.pick(("experiment", "block", "function"))
         parameters = (Parameter(self.builder.fresh("model"), "positional_only"), *self.signature())
         exports = self.many(lambda: str(self.pick(TEXTS))) if kind == "block" else ()
         anywhere = kind == "function"
@@ -415,7 +419,7 @@ SIMPLE = (
     ops.Item, ops.SetItem, ops.Delete, ops.Build, ops.Format, ops.Unpack, ops.Operator, ops.Call, ops.Save,
 )  # fmt: skip
 MERGES = {(ops.Cell, "initial"), (ops.Store, "value"), (ops.Bound, "value")}
-NESTED = (ops.Closure, ops.If, ops.For, ops.While, ops.Try, ops.With, ops.Forward, ops.Backward)
+NESTED = (ops.Closure, ops.If, ops.For, ops.While, ops.Try, ops.With, ops.Forward, ops.Backward, ops.Stage)
 
 
 @st.composite

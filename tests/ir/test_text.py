@@ -83,7 +83,7 @@ def test_uses_take_the_type_of_the_definition() -> None:
     ("text", "line", "column", "reason"),
     [
         ("", 1, 1, "expected a program, found nothing"),
-        ("script f()", 1, 1, "expected `experiment`, `block` or `function`"),
+        ("script f()", 1, 1, "expected `experiment`, `block`, `function` or `stage`"),
         ("function f(%x", 1, 14, "expected `,` before the end of the line"),
         ("function f(%x=3)", 1, 16, "a program's defaults are not part of it: write `=...`"),
         ("function f()\n  %0 = frobnicate %x", 2, 8, "`frobnicate` is no op"),

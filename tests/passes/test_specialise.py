@@ -396,9 +396,12 @@ def test_a_list_of_modules_is_followed() -> None:
         return %o
         """,
         """
-        %ms = list [%model@h.0, %model@head]
+        %module = item %model['h.0']
+        %module.1 = item %model['head']
+        %ms = list [%module, %module.1]
         %append = attr %ms.append
-        %none = call %append(%model@h.1) as method.append
+        %module.2 = item %model['h.1']
+        %none = call %append(%module.2) as method.append
         write %model@h.0 output = 0
         write %model@head output = 0
         write %model@h.1 output = 0
