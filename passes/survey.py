@@ -14,6 +14,7 @@ forward holds, the model's output is read as well, so that no write seems to go 
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -142,6 +143,8 @@ class Surveyor(Specialiser):
         super().emit(op)
         if self.forward is not None and isinstance(op, (ops.Attribute, ops.SetAttribute)) and op.name in PORTS:
             self.read_output(op)  # of what may be a module
+        if isinstance(op, ops.Global) and not self.has_value(op):
+            self.causes[op.result.name] = f"`{op.name}`, which has no value yet"
         everything = (op, *(inner for part in regions(op) for inner in walk(part)))
         cause = self.cause(value for inner in everything for value in used(inner))
         if isinstance(op, ops.Attribute):
@@ -149,6 +152,16 @@ class Surveyor(Specialiser):
         if cause is not None:
             for value in (*defined(op), *self.changed(op)):
                 self.causes.setdefault(value.name, cause)
+
+    def has_value(self, op: ops.Global) -> bool:
+        """Whether a name of the surroundings stands for anything now."""
+        if op.scope == "global":
+            return op.name in self.subject.globals or hasattr(builtins, op.name)
+        try:
+            self.subject.closure[op.name].cell_contents  # noqa: B018  # it raises where the cell is empty
+        except (KeyError, ValueError):
+            return False
+        return True
 
     def changed(self, op: Op) -> Iterator[Value]:
         """The values that an op may put another into."""

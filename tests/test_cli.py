@@ -416,7 +416,7 @@ def test_check_finds_the_mistakes_of_experiments_and_traces_and_runs_nothing(nns
         assert "^" in block
         assert "  way out: " in block
     assert f"not checked: {file}:13:" in outcome.out
-    assert "`unknown_layer`, which was not given" in outcome.out
+    assert "`unknown_layer`, which has no value yet" in outcome.out
     assert outcome.out.endswith("3 mistakes, 1 place not checked in 2 experiments and 1 trace\n")
 
 
