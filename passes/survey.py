@@ -14,7 +14,9 @@ forward holds, the model's output is read as well, so that no write seems to go 
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NoReturn, final
 
@@ -25,6 +27,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
 from nnsight_compiler.ir.values import Module, Value, values_in
+from nnsight_compiler.passes.evaluate import PORTS
 from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, Iteration, SiteModule
 from nnsight_compiler.passes.interpretation import Completion, Decisions, Subject, Undecided
 from nnsight_compiler.passes.specialise import Specialised, Specialiser
@@ -126,13 +129,22 @@ class Surveyor(Specialiser):
                 held.fact.forget()
                 self.causes.update(dict.fromkeys((each.name for each in _values(held)), cause))
         if self.forward is not None:
-            root = Module(self.forward.module.model, "")
-            self.emit(ops.Read(self.builder.fresh(), root, "output", span=self.span(op)))
+            self.read_output(op)
+
+    def read_output(self, op: Op) -> None:
+        """Reads the model's output, since an op may read anything of the forward."""
+        assert self.forward is not None
+        root = Module(self.forward.module.model, "")
+        super().emit(ops.Read(self.builder.fresh(), root, "output", span=self.span(op)))
 
     # --- what is not known ---
 
     def emit(self, op: Op) -> None:
         super().emit(op)
+        if self.forward is not None and isinstance(op, (ops.Attribute, ops.SetAttribute)) and op.name in PORTS:
+            self.read_output(op)  # of what may be a module
+        if isinstance(op, ops.Global) and not self.has_value(op):
+            self.causes[op.result.name] = f"`{op.name}`, which has no value yet"
         everything = (op, *(inner for part in regions(op) for inner in walk(part)))
         cause = self.cause(value for inner in everything for value in used(inner))
         if isinstance(op, ops.Attribute):
@@ -140,6 +152,16 @@ class Surveyor(Specialiser):
         if cause is not None:
             for value in (*defined(op), *self.changed(op)):
                 self.causes.setdefault(value.name, cause)
+
+    def has_value(self, op: ops.Global) -> bool:
+        """Whether a name of the surroundings stands for anything now."""
+        if op.scope == "global":
+            return op.name in self.subject.globals or hasattr(builtins, op.name)
+        try:
+            self.subject.closure[op.name].cell_contents  # noqa: B018  # it raises where the cell is empty
+        except (KeyError, ValueError):
+            return False
+        return True
 
     def changed(self, op: Op) -> Iterator[Value]:
         """The values that an op may put another into."""
@@ -153,20 +175,33 @@ class Surveyor(Specialiser):
         return next((self.causes[value.name] for value in values if value.name in self.causes), None)
 
     def unknown(self, value: Abstract, span: Span, what: str) -> NoReturn:
+        place = self.frame.override or span
+        may_unroll = bool(value.loops - self.decisions.unroll - self.decisions.roll) and not value.at_run
         cause = self.cause(_values(value))
-        may_unroll = bool(value.loops - self.decisions.unroll) and not value.at_run
         if cause is not None and not may_unroll and not self.closures:
-            raise UncheckedError(Unchecked(self.frame.override or span, f"{what} depends on {cause}"))
+            raise UncheckedError(Unchecked(place, f"{what} depends on {cause}"))
         try:
             super().unknown(value, span, what)
         except Undecided as undecided:
             if not undecided.decisions.stages:
                 raise
-        # A stage would begin here. Without the value, what follows is looked at as far as it does not need it.
-        raise UncheckedError(Unchecked(self.frame.override or span, f"{what} is known only when the experiment runs"))
+            # A stage would begin here: the experiment itself finds out, and goes on then.
+            raise UncheckedError(Unchecked(place, f"{what} depends on {_only_a_run(value.span)}")) from None
+
+    # --- loops of which only a run tells how often they go round ---
 
     def stage_body(self, region: Region) -> None:
-        """Looks at the body of a loop whose rounds would be stages, whatever its variable is."""
+        """In an experiment each round is a stage. Here it is looked at once, for any value of the loop's variable."""
+
+    @contextmanager
+    def round(self, loop: Op) -> Iterator[None]:
+        if id(loop) in self.decisions.roll:
+            cause = self.cause(value for each in used(loop) for value in _values(self.scope[each]))
+            for value in (each for part in regions(loop) for each in part.parameters if each in self.scope):
+                for made in _values(self.scope[value]):
+                    self.causes[made.name] = cause or _only_a_run(loop.span)
+        with super().round(loop):
+            yield
 
     # --- forwards ---
 
@@ -185,6 +220,10 @@ class Surveyor(Specialiser):
         if id(op) in self.misgiven:  # the model would refuse them too
             self.inputs.update(dict.fromkeys(self.inputs.keys() - known))
         return completion
+
+
+def _only_a_run(span: Span) -> str:
+    return f"line {span.line}, known only when the experiment runs" if span.line else "what only a run can give"
 
 
 def _values(value: Abstract) -> Iterator[Value]:

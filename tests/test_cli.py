@@ -361,3 +361,102 @@ def test_json_holds_every_element_and_stays_valid() -> None:
         "t": [1, None],
         "o": {"repr": "<class 'object'>"},
     }
+
+
+# --- check ---
+
+SCRIPT = """
+import torch
+from pathlib import Path
+
+from nnsight_compiler import LanguageModel, intervene
+
+(Path(__file__).parent / "ran").touch()
+LAYERS = list(range(3))
+model = LanguageModel("no/such-model")
+
+with model.trace("a b c"):
+    hidden = model.layers[5].output.save()
+    other = model.layers[unknown_layer].output.save()
+
+
+@intervene
+def lens(prompt):
+    with model.trace(prompt):
+        outputs = [model.layers[layer].output for layer in LAYERS]
+        model.layers[0].mlpp.output = 0
+    return outputs
+
+
+@intervene
+def broken(model, prompt):
+    with model.trace(prompt):
+        hidden = model.layers[0].output
+        match hidden:
+            case _:
+                pass
+    return hidden
+
+
+unknown_layer = int(input())
+"""
+
+
+def test_check_finds_the_mistakes_of_experiments_and_traces_and_runs_nothing(nnsightc, tmp_path: Path) -> None:
+    file = tmp_path / "script_to_check.py"
+    file.write_text(SCRIPT)
+    outcome = nnsightc("check", file, "--model", "tiny")
+    assert outcome.code == 1
+    assert not (tmp_path / "ran").exists()
+    lines = SCRIPT.splitlines()
+    for piece, reason in (("layers[5]", "no index 5"), ("mlpp", "did you mean mlp?"), ("match hidden", "match")):
+        number = next(n for n, line in enumerate(lines, 1) if piece in line)
+        block = next(each for each in outcome.out.split("\n\n") if each.startswith(f"{file}:{number}:"))
+        assert reason in block
+        assert "^" in block
+        assert "  way out: " in block
+    assert f"not checked: {file}:13:" in outcome.out
+    assert "`unknown_layer`, which has no value yet" in outcome.out
+    assert outcome.out.endswith("3 mistakes, 1 place not checked in 2 experiments and 1 trace\n")
+
+
+def test_check_of_one_experiment_with_its_arguments(nnsightc, file: Path) -> None:
+    command = ("check", f"{file}:patch", "--model", "tiny", "--arg", f"clean={CLEAN}", "--arg", f"corrupt={CORRUPT}")
+    right = nnsightc(*command, "--arg", "layer=2")
+    assert (right.code, right.out) == (0, "no mistakes found in 1 experiment\n")
+    assert not (file.parent / "ran").exists()
+    wrong = nnsightc(*command, "--arg", "layer=3", "--json")
+    assert wrong.code == 1
+    found = json.loads(wrong.out)
+    assert found["ok"] is False
+    line = next(n for n, text in enumerate(EXPERIMENTS.splitlines(), 1) if "source = model" in text)
+    first = found["mistakes"][0]
+    assert (first["file"], first["line"], first["column"], first["end_column"]) == (str(file), line, 18, 37)
+    assert "no index 3" in first["reason"]
+    assert first["way_out"]
+    assert found["not_checked"] == []
+
+
+def test_check_says_what_a_missing_package_is(nnsightc, tmp_path: Path) -> None:
+    file = tmp_path / "needs_a_package.py"
+    file.write_text(
+        "import a_package_that_does_not_exist\nfrom nnsight_compiler import intervene\n\n\n"
+        "@intervene\ndef read(model):\n    with model.trace('a'):\n        h = model.layers[0].output\n    return h\n"
+    )
+    outcome = nnsightc("check", file, "--model", "tiny")
+    assert outcome.code == 1
+    assert f"{file}:1:1: this cannot be executed: ModuleNotFoundError" in outcome.out
+    assert outcome.out.count("way out: ") == 1
+
+
+def test_check_refuses_what_cannot_be_checked(nnsightc, file: Path, tmp_path: Path) -> None:
+    assert "a check needs a model" in refused(nnsightc("check", file))
+    assert "no parameter called 'layr'" in refused(nnsightc("check", file, "--model", "tiny", "--arg", "layr=1"))
+    assert "did not" not in refused(nnsightc("check", f"{file}:patsch", "--model", "tiny"))
+    assert "no/such-model" in refused(nnsightc("check", file, "--model", "./no/such-model"))
+    empty = tmp_path / "empty.py"
+    empty.write_text("x = 1\n")
+    assert "holds no experiment and no trace" in refused(nnsightc("check", empty, "--model", "tiny"))
+    broken = tmp_path / "broken.py"
+    broken.write_text("def f(:\n")
+    assert f"{broken}:1: not Python" in refused(nnsightc("check", broken, "--model", "tiny"))

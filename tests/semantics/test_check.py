@@ -1,5 +1,7 @@
 """`experiment.check`: what is found without weights and without running anything, and what is said of the rest."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -149,6 +151,70 @@ def test_what_only_a_run_can_give_stays_a_mistake_inside_its_own_forward(lazy):
     (mistake,) = chosen.check(lazy, TEXT).diagnostics
     assert mistake.span.line == line_of(chosen, "h = model")
     assert "only a run can give it" in mistake.reason
+
+
+def test_what_only_a_run_can_give_before_a_trace_is_not_checked_and_the_rest_is(lazy):
+    @intervene
+    def drawn(model, prompt):
+        layer = random.choice([0, 1, 2])
+        with model.trace(prompt):
+            first = model.layers[layer].output
+            second = model.layers[5].output
+            base = model.layers[0].output
+        number = int(base.argmax()) % 3
+        with model.trace(prompt):
+            model.layers[0].output = 0
+            third = model.layers[number].output
+        return first, second, third
+
+    report = drawn.check(lazy, TEXT)
+    (mistake,) = report.diagnostics
+    assert mistake.span.line == line_of(drawn, "second =")
+    assert [(each.span.line, each.reason) for each in report.unchecked] == [
+        (
+            line_of(drawn, f"{mark} ="),
+            f"which module this is depends on line {line}, known only when the experiment runs",
+        )
+        for mark, line in (
+            ("first", line_of(drawn, "layer = random")),
+            ("third", line_of(drawn, "number =")),
+        )
+    ]
+
+
+def test_loops_of_which_only_a_run_tells_how_often_they_go_round(lazy):
+    @intervene
+    def until(model, prompt, limit):
+        layer = 0
+        while limit > layer:
+            with model.trace(prompt):
+                model.layers[0].output = 0
+                h = model.layers[layer].output
+                g = model.layers[0].mlpp.output
+            layer += 1
+        return h, g
+
+    report = until.check(lazy, TEXT)
+    (mistake,) = report.diagnostics
+    assert mistake.span.line == line_of(until, "g =")
+    assert [each.span.line for each in report.unchecked] == [line_of(until, "h =")]
+
+
+def test_a_loop_over_modules_that_may_end_early(lazy):
+    @intervene
+    def search(model, prompt):
+        for layer in model.layers:
+            with model.trace(prompt):
+                layer.input = 0
+                h = layer.output
+                g = model.layers[3].output
+            if h.norm() > 1:
+                break
+        return h, g
+
+    report = search.check(lazy, TEXT)
+    (mistake,) = report.diagnostics
+    assert mistake.span.line == line_of(search, "g =")
 
 
 def test_a_configuration_or_a_name_stands_for_a_model():

@@ -220,7 +220,7 @@ MISTAKES = [
     return value
 """,
         "value = model.layers[layer].output", "value = model.layers[1].output * layer",
-        "which module this is must be known before the model runs", "before the `with`",
+        "which module this is must be known before the model runs", "compute it before the `with`",
     ),
     Mistake(
         "no_such_function", IN_TRACE,
