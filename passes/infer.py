@@ -31,7 +31,8 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import rewrite
 from nnsight_compiler.ir.types import Dimension, TensorType
 from nnsight_compiler.ir.values import Value
-from nnsight_compiler.passes.meta_run import Found, MetaRun, Restart, Shape, Size
+from nnsight_compiler.passes.meta_run import MetaRun
+from nnsight_compiler.passes.meta_values import Found, Restart, Shape, Size, Source
 from nnsight_compiler.passes.shapes import Extent, Extents, Surroundings
 from nnsight_compiler.passes.sites import forwards
 
@@ -58,9 +59,10 @@ def infer(program: Program, surroundings: Surroundings, extents: Extents) -> Pro
     exact = all(extent.exact for extent in known.values())
     settings = list(_settings(known, exact)) if known else [{}]
     opaque: set[str] = set()
+    source = Source(program)
     while True:
         try:
-            runs = [_run(program, surroundings, setting, opaque) for setting in settings]
+            runs = [_run(source, surroundings, setting, opaque) for setting in settings]
             break
         except Restart:
             continue
@@ -103,8 +105,8 @@ def _on_grid(place: int, size: int | None, least: int, varies: bool) -> int:
     return place + size - least if varies else size
 
 
-def _run(program: Program, surroundings: Surroundings, sizes: Mapping[str, Size], opaque: set[str]) -> MetaRun:
-    run = MetaRun(program, surroundings, sizes, opaque)
+def _run(source: Source, surroundings: Surroundings, sizes: Mapping[str, Size], opaque: set[str]) -> MetaRun:
+    run = MetaRun(source, surroundings, sizes, opaque)
     with _lock, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         run.run()

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from nnsight_compiler.passes.facts import is_handle
-from nnsight_compiler.passes.meta_calls import torch_call
+from nnsight_compiler.passes.meta_torch import torch_call
 from nnsight_compiler.passes.stand_ins import UNKNOWN, empty_like
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

@@ -42,10 +42,13 @@ from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
+from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.manager import DEBUG_VARIABLE, PassResult
 from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites
 from nnsight_compiler.passes.specialise import Subject, specialise
+from nnsight_compiler.shapes import extent_of
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [*sorted((ROOT / "examples").glob("*.py")), ROOT / "nnsight_compiler" / "demo" / "experiments.py"]
@@ -103,7 +106,7 @@ def network() -> NNsight:
 
 ARGUMENTS: Mapping[str, Any] = {
     "prompt": CLEAN, "clean": CLEAN, "corrupt": CORRUPT, "towards": CLEAN, "away": CORRUPT, "layer": 1, "position": -1,
-    "positions": (0, 2), "answer": 5, "other": 7, "vector": torch.ones(2, 64), "strength": 0.5, "unit": 3,
+    "positions": (0, 2), "answer": 5, "other": 7, "vector": torch.ones(2, 128), "strength": 0.5, "unit": 3,
     "advance": lambda: None,
 }  # fmt: skip
 
@@ -224,6 +227,9 @@ def order(_: ops.Forward) -> Order:
 RUNS: Mapping[str, Callable[[Program], Program]] = {
     "specialise": lambda program: (
         specialise(program, Subject({**ARGUMENTS, "model": tiny(), "scale": 2.0}, {}, {}, lower_function, save)).program
+    ),
+    "infer": lambda program: infer(
+        program, Surroundings({**ARGUMENTS, "model": tiny()}, {}, {}), lambda _: extent_of(tiny(), ((CLEAN,), {}))
     ),
     "check_sites": lambda program: check_sites(program, order),
     "check_unused_values": check_unused_values,

@@ -230,7 +230,12 @@ def test_a_wrong_shape_is_refused_by_line(model, clean) -> None:
             model.layers[1].output = value
             return model.lm_head.output
 
-    with pytest.raises(RunError, match=r"test_aliasing.py:\d+.*shape"):
+    with pytest.raises(CompileError, match=r"test_aliasing.py:\d+.*shape"):
+        experiment(model, clean, torch.zeros(1, 5, 32))
+    experiment(model, clean, torch.zeros(1, 6, 32))
+    with pytest.raises(
+        RunError, match=r"test_aliasing.py:\d+.*shape"
+    ):  # the program is compiled: it is the run's to say
         experiment(model, clean, torch.zeros(1, 5, 32))
 
 
@@ -404,7 +409,7 @@ def test_tuple_outputs(stack, plain_stack, batch, hooked) -> None:
     assert isinstance(both, tuple)
     assert_close(both[0], kept)
     assert_close(whole(stack, batch), hooked(plain_stack, batch, hooks(lambda out: (out[0] + 1, out[1]))))
-    with pytest.raises(RunError, match="a tuple of 2"):
+    with pytest.raises(CompileError, match="a tuple of 2"):
         scalar(stack, batch)
 
 

@@ -318,7 +318,7 @@ def test_index_out_of_range_in_the_body_shows_the_users_line():
     def wrong(model, x):
         with model.trace(x):
             h = model.layers[1].output
-            picked = h[:, 99]
+            picked = h[:, [99]]  # what is in the list is not looked at before the run
         return picked
 
     net = make()
@@ -327,8 +327,8 @@ def test_index_out_of_range_in_the_body_shows_the_users_line():
     frames = traceback.extract_tb(caught.value.__traceback__)
     last = frames[-1]
     assert last.filename == __file__
-    assert last.line == "picked = h[:, 99]"
-    assert last.lineno == line_of(wrong, "h[:, 99]")
+    assert last.line.startswith("picked = h[:, [99]]")
+    assert last.lineno == line_of(wrong, "h[:, [99]]")
     assert last.name.rpartition(".")[2] == "wrong"
     generated = [frame for frame in frames if frame.filename == __file__]
     assert all(frame.line for frame in generated)
@@ -339,16 +339,16 @@ def test_the_same_in_a_block():
     model = NNsight(net)
     with unchanged(net), pytest.raises(IndexError) as caught, model.trace(X):
         h = model.layers[1].output
-        picked = h[:, 99].save()
+        picked = h[:, [99]].save()
     frames = traceback.extract_tb(caught.value.__traceback__)
     assert frames[-1].filename == __file__
-    assert frames[-1].line == "picked = h[:, 99].save()"
+    assert frames[-1].line == "picked = h[:, [99]].save()"
     assert "picked" not in locals()
 
 
 def test_an_error_in_a_helper_shows_the_helpers_line():
     def helper(h):
-        return h[:, 99]
+        return h[:, [99]]
 
     @intervene
     def wrong(model, x):
@@ -360,13 +360,13 @@ def test_an_error_in_a_helper_shows_the_helpers_line():
     with unchanged(net), pytest.raises(IndexError) as caught:
         wrong(NNsight(net), X)
     lines = [frame.line for frame in traceback.extract_tb(caught.value.__traceback__) if frame.filename == __file__]
-    assert "return h[:, 99]" in lines
+    assert "return h[:, [99]]" in lines
 
 
 def test_an_error_before_and_after_the_trace():
     @intervene
     def before(model, x):
-        y = x[99]
+        y = x[[99]]
         with model.trace(x):
             h = model.layers[0].output
         return h, y
@@ -375,9 +375,9 @@ def test_an_error_before_and_after_the_trace():
     def after(model, x):
         with model.trace(x):
             h = model.layers[0].output
-        return h[99]
+        return h[[99]]
 
-    for wrong, text in ((before, "y = x[99]"), (after, "return h[99]")):
+    for wrong, text in ((before, "y = x[[99]]"), (after, "return h[[99]]")):
         net = make()
         with unchanged(net), pytest.raises(IndexError) as caught:
             wrong(NNsight(net), X)
@@ -598,7 +598,7 @@ def test_error_in_a_nested_experiment_leaves_both_clean():
     @intervene
     def inner(x):
         with model.trace(x):
-            h = model.layers[0].output[:, 99]
+            h = model.layers[0].output[:, [99]]
         return h
 
     def call_inner(h):
