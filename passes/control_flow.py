@@ -129,6 +129,8 @@ class ControlFlow(Interpretation):
                 end = self.region(region)
                 if self.needs_folding(end):
                     self.fold_conditions()
+                    if self.forward is not None and self.program.kind != "block" and not self.made_inside(condition):
+                        self.unknown(condition, op.span, "this condition")
                 self.conditions.pop()
                 self.leave(end)
             regions.append(Region((), tuple(made)))

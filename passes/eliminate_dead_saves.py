@@ -221,6 +221,8 @@ class _Elimination:
                 return False
             case ops.Stage() | ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
                 return False
+            case ops.Bound(value=value) if isinstance(self.memory.origins.definition(value), ops.Global):
+                return True  # a name that stands for nothing
             case ops.Attribute() | ops.Load() | ops.Bound() | ops.Item() | ops.Format() | ops.Unpack():
                 return self.might_matter(node)
             case ops.Build(elements=elements, kind=kind):

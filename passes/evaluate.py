@@ -74,7 +74,7 @@ class Evaluator(Items):
             return self._free(op)
         own_builtins = vars(builtins)
         if op.name not in frame.globals and op.name not in own_builtins:
-            return self._kept(op)
+            return self._undefined(op)
         value = frame.globals[op.name] if op.name in frame.globals else own_builtins[op.name]
         if frame.own or frame.globals is self.specialiser.subject.globals or self._same_builtin(op.name):
             kept = self._kept(op)
@@ -96,6 +96,15 @@ class Evaluator(Items):
         if self._assigned(op, value):
             return Abstract(result, span=span, at_run=True)
         return Abstract(result, fact, span=span)
+
+    def _undefined(self, op: ops.Global) -> Abstract:
+        """A name that stands for nothing now: looked up at its line, where Python raises unless it was assigned by
+        then, even if nothing uses it."""
+        found = self._kept(op)
+        assert isinstance(found.operand, Value)
+        result = self.specialiser.builder.fresh(op.name)
+        self.specialiser.emit(ops.Bound(result, found.operand, op.name, span=self.specialiser.span(op)))
+        return Abstract(result, span=found.span, at_run=True)
 
     def _assigned(self, op: ops.Global, value: Any) -> bool:
         """Whether a name may stand for another value by now. One that stands for a module, a function or an object is

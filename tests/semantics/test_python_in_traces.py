@@ -403,13 +403,26 @@ def test_effects_happen_once_and_nothing_at_compile_time():
     assert len(log) == 8
 
 
-def test_a_layer_from_an_unknown_call_in_the_body_is_refused():
+def test_a_layer_from_an_unknown_call_in_the_body():
     choose = {0: 2}.get
 
     @intervene
     def run(model, x):
         with model.trace(x):
             layer = choose(0)
+            h = model.layers[layer].output
+        return h
+
+    assert torch.equal(run(model, X), PLAIN[2])
+
+
+def test_a_layer_from_an_unknown_call_on_a_value_of_the_forward_is_refused():
+    choose = {0: 2}.get
+
+    @intervene
+    def run(model, x):
+        with model.trace(x):
+            layer = choose(int(model.layers[0].output.sum() * 0))
             h = model.layers[layer].output
         return h
 
