@@ -12,7 +12,7 @@ forward: its model could not wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NoReturn
 
@@ -26,7 +26,7 @@ from nnsight_compiler.ir.values import UNBOUND, Unbound, Value, values_in
 from nnsight_compiler.passes.apply import FOLDED
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.control_flow import ControlFlow, emits
-from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements
+from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, SiteModule
 from nnsight_compiler.passes.interpretation import AccessInClosure, Undecided
 from nnsight_compiler.passes.known_calls import known_method
 from nnsight_compiler.passes.outline import outline
@@ -157,11 +157,24 @@ def moved_ahead(forward: ops.Forward, index: int, scope: Mapping[Value, Abstract
             of_model.update(value.name for value in defined(op))
         else:
             ahead.append(op)
+    ahead = list(_without_idle_modules(ahead, scope))
     if not ahead:
         return None
     chosen = {id(op) for op in ahead}
     rest = tuple(op for op in forward.body.ops if id(op) not in chosen)
     return *ahead, replace(forward, body=Region((), rest))
+
+
+def _without_idle_modules(ahead: list[Op], scope: Mapping[Value, Abstract]) -> Iterator[Op]:
+    """The ops without those that name a module which no other of them uses: the rest of the body can name it."""
+    needed: set[Value] = set()
+    kept = []
+    for op in reversed(ahead):
+        if needed.isdisjoint(defined(op)) and any(isinstance(scope[each].fact, SiteModule) for each in defined(op)):
+            continue
+        kept.append(op)
+        needed.update(value for inner in walk(Region((), (op,))) for value in used(inner))
+    return reversed(kept)
 
 
 def _touches(op: Op, of_model: set[str], scope: Mapping[Value, Abstract]) -> bool:
