@@ -124,7 +124,10 @@ class Checker:
         self.diagnostics += error.diagnostics
 
     def extent(self, model: Any, inputs: Inputs | None) -> Extent | None:
-        """The shapes in a forward; `None` where the model cannot be observed, which `order` says why."""
+        """The shapes in a forward; `None` where the model cannot be observed, which `order` says why, or where the
+        input is not known: no mistake of shape is then sure."""
+        if inputs is None:
+            return None
         try:
             return extent_of(model, inputs)
         except Exception:  # the model's own code, the tokenizer's, torch's

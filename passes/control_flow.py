@@ -14,7 +14,8 @@ from nnsight_compiler.ir.errors import CompileError, ModelError
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, walk
-from nnsight_compiler.ir.values import Literal, Operand, Tuple, Value
+from nnsight_compiler.ir.values import Value
+from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
     Elements,
@@ -23,37 +24,13 @@ from nnsight_compiler.passes.facts import (
     SiteModule,
     Tracer,
 )
-from nnsight_compiler.passes.interpretation import (
-    AccessInClosure,
-    Completion,
-    Forwarding,
-    Interpretation,
-    Undecided,
-)
+from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Forwarding, Interpretation
 
 MAX_ROUNDS = 100_000
 
 
 class ControlFlow(Interpretation):
     """Interprets conditions, loops, forwards and closures."""
-
-    def handed_over(self, value: Abstract) -> Operand:
-        """The operand by which a value is handed to code that the compiler does not see: modules as users hold them."""
-        self.evaluate.resolved(value)
-        match value.fact:
-            case SiteModule(handle=handle, model=model) if handle._path:
-                result = self.builder.fresh("module")
-                self.emit(ops.Item(result, model, Literal(handle._path), span=value.span))
-                return result
-            case Elements(kind="tuple", items=list() as items) if self.evaluate.mentions_modules(value):
-                return Tuple(tuple(map(self.handed_over, items)))
-            case Elements(kind=kind, items=list() as items, keys=keys) if value.operand is None and value.make is None:
-                result = self.builder.fresh(kind)
-                spelled = [self.handed_over(key) for key in keys] if kind == "dict" else [None] * len(items)
-                elements = tuple(map(ops.Element, map(self.handed_over, items), spelled))
-                self.emit(ops.Build(result, kind, elements, span=value.span))
-                return result
-        return self.use(value)
 
     def leave(self, completion: Completion, end: type[ops.Yield] | type[ops.Continue] = ops.Yield) -> None:
         """Ends an open region of the specialised program with the terminator that the completion stands for."""

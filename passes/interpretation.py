@@ -24,6 +24,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
 from nnsight_compiler.passes.changes import Changes
+from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.evaluate import Evaluator
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -37,7 +38,6 @@ from nnsight_compiler.passes.facts import (
     immutable,
 )
 from nnsight_compiler.passes.inline import Unreachable
-from nnsight_compiler.passes.outline import Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,46 +56,6 @@ class Subject:
     lower: Callable[[FunctionType], Program]
     save: Callable[..., Any]
     unbound: object = None
-
-
-@dataclass(slots=True)
-class Decisions:
-    """What an interpretation does with ops of the source program, told by their identity.
-
-    unroll, fold: the loops that are unrolled and the conditions that are folded. A condition on known values is folded
-        in either set.
-    roll: the loops that are kept although their variable names modules, since only a run tells how often they go round.
-    stages: the ops at which a stage begins, and what it needs to know.
-    whole: the ops at which none can begin.
-    changes: what the rounds of a kept loop change, where facts that a round relies on may be meant.
-    ahead: the forwards whose body begins with code that the model has no part in: that code, and the rest.
-    outlines: what was cut off at these ops; kept, so that its ops are the same ones in every interpretation.
-    """
-
-    unroll: set[int] = field(default_factory=set)
-    fold: set[int] = field(default_factory=set)
-    roll: set[int] = field(default_factory=set)
-    stages: dict[int, str] = field(default_factory=dict)
-    whole: set[int] = field(default_factory=set)
-    changes: dict[int, Changes] = field(default_factory=dict)
-    ahead: dict[int, tuple[Op, ...]] = field(default_factory=dict)
-    outlines: dict[int, Outline] = field(default_factory=dict)
-
-    def add(self, other: Decisions) -> None:
-        self.unroll |= other.unroll
-        self.fold |= other.fold
-        self.roll |= other.roll
-        self.stages.update(other.stages)
-        self.whole |= other.whole
-        self.changes.update(other.changes)
-        self.ahead.update(other.ahead)
-
-
-class Undecided(Exception):  # noqa: N818  # control flow, not an error
-    """The interpretation needs these decisions besides those that it has."""
-
-    def __init__(self, **decisions: Any) -> None:
-        self.decisions = Decisions(**decisions)
 
 
 class AccessInClosure(Exception):  # noqa: N818  # control flow, not an error
@@ -209,8 +169,22 @@ class Interpretation:
         return self.use(self.abstract(operand))
 
     def handed_over(self, value: Abstract) -> Operand:
-        """The operand by which a value is handed to code that the compiler does not see."""
-        raise NotImplementedError
+        """The operand by which a value is handed to code that the compiler does not see: modules as users hold them."""
+        self.evaluate.resolved(value)
+        match value.fact:
+            case SiteModule(handle=handle, model=model) if handle._path:
+                result = self.builder.fresh("module")
+                self.emit(ops.Item(result, model, Literal(handle._path), span=value.span))
+                return result
+            case Elements(kind="tuple", items=list() as items) if self.evaluate.mentions_modules(value):
+                return Tuple(tuple(map(self.handed_over, items)))
+            case Elements(kind=kind, items=list() as items, keys=keys) if value.operand is None and value.make is None:
+                result = self.builder.fresh(kind)
+                spelled = [self.handed_over(key) for key in keys] if kind == "dict" else [None] * len(items)
+                elements = tuple(map(ops.Element, map(self.handed_over, items), spelled))
+                self.emit(ops.Build(result, kind, elements, span=value.span))
+                return result
+        return self.use(value)
 
     def emit(self, op: Op) -> None:
         self.builder.emit(op)

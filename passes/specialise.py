@@ -28,6 +28,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Unbound, Value
+from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
     Elements,
@@ -38,12 +39,7 @@ from nnsight_compiler.passes.facts import (
     SiteCalls,
     Tracer,
 )
-from nnsight_compiler.passes.interpretation import (
-    Completion,
-    Decisions,
-    Subject,
-    Undecided,
-)
+from nnsight_compiler.passes.interpretation import Completion, Subject
 from nnsight_compiler.passes.staging import Staging
 
 

@@ -26,8 +26,9 @@ from nnsight_compiler.ir.values import UNBOUND, Unbound, Value, values_in
 from nnsight_compiler.passes.apply import FOLDED
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.control_flow import ControlFlow, emits
+from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, SiteModule
-from nnsight_compiler.passes.interpretation import AccessInClosure, Undecided
+from nnsight_compiler.passes.interpretation import AccessInClosure
 from nnsight_compiler.passes.known_calls import known_method
 from nnsight_compiler.passes.outline import outline
 
