@@ -25,7 +25,7 @@ from torch import nn
 from nnsight_compiler import NNsight, UnusedValueWarning, intervene, save
 
 ASKED = os.environ.get("NNSIGHT_COMPILER_PROGRAMS")
-PROGRAMS = int(ASKED or 150)
+PROGRAMS = int(ASKED or 40)
 CALLS = [
     {"seed": 1, "layer": 1, "layers": (0, 2), "numbers": [3, 1, 2], "scale": 0.5},
     {"seed": 2, "layer": 3, "layers": (0, 2), "numbers": [5], "scale": -1.5},
