@@ -25,7 +25,7 @@ class UnusedValueWarning(UserWarning):
 def check_unused_values(program: Program) -> Program:
     """The program itself; each value of the model's that was computed for nothing is warned of, at its line."""
     wanted = {value.name for op in program.walk() for value in used(op)}
-    memory = Memory(program)
+    memory = Memory.of(program)
     for forward in forwards(program.body):
         for op in walk(forward.body):
             if not isinstance(op, (ops.Operator, ops.Call)) or op.result.name in wanted:

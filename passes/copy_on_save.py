@@ -24,7 +24,7 @@ from nnsight_compiler.passes.memory import Fresh, Memory, Root
 
 def copy_on_save(program: Program) -> Program:
     """The program whose saves copy only where something may write to the value later."""
-    memory = Memory(program)
+    memory = Memory.of(program)
     written: set[Root] = set()
     for op in program.walk():
         written |= memory.writes(op)

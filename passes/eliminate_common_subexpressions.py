@@ -73,7 +73,7 @@ _Table = dict[object, _Available]
 
 class _Elimination:
     def __init__(self, program: Program) -> None:
-        self.memory = Memory(program)
+        self.memory = Memory.of(program)
         self.gone: dict[str, Value] = {}
         self.uses: dict[str, list[Op]] = {}
         self.tells_views_apart = False

@@ -74,7 +74,7 @@ class _Elimination:
     def __init__(self, program: Program, keep_forwards: bool) -> None:
         self.program = program
         self.keep_forwards = keep_forwards
-        self.memory = Memory(program)
+        self.memory = Memory.of(program)
         self.nodes: list[_Node] = []
         self.makers: dict[str, tuple[_Node, int]] = {}
         self.stores: dict[str, list[_Node]] = {}

@@ -18,6 +18,7 @@ In doubt, values alias. Taken on trust: reading an attribute changes nothing, an
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import cast
 
@@ -63,6 +64,14 @@ class Memory:
         self._effects: dict[tuple[int, bool], Roots] = {}
         self._open: set[int] = set()
         self._sets = any(isinstance(op, ops.Call) and self._is_setter(op) for op in program.walk())
+
+    @staticmethod
+    def of(program: Program) -> Memory:
+        """The answers for a program. Passes that leave its ops as they are share them."""
+        held = _latest.memory
+        if held is None or held.program.body is not program.body:
+            held = _latest.memory = Memory(program)
+        return held
 
     def roots(self, operand: Operand) -> Roots:
         """The storages that an operand may be, or be a view of; empty for plain scalars."""
@@ -259,3 +268,12 @@ class Memory:
             return NOTHING
         outside: Roots = frozenset({ANYTHING, ANY_NAME})
         return self._points_to.spread(self._points_to.reach(outside.union(*map(self.roots, operands(op)))))
+
+
+class _Latest(threading.local):
+    """The analysis that was made last."""
+
+    memory: Memory | None = None
+
+
+_latest = _Latest()
