@@ -55,22 +55,24 @@ class Memory:
     """The answers for one program. Only ops of that very program may be asked about.
 
     origins: definitions of values, and what is known of calls.
+    stores_copies: whether what the program puts into something from outside is taken to be a copy where the model
+        holds it, as `place` makes it to be.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, stores_copies: bool = False) -> None:
         self.program = program
         self.origins = Origins(program)
-        self._points_to = PointsTo(program, self.origins)
+        self._points_to = PointsTo(program, self.origins, stores_copies)
         self._effects: dict[tuple[int, bool], Roots] = {}
         self._open: set[int] = set()
         self._sets = any(isinstance(op, ops.Call) and self._is_setter(op) for op in program.walk())
 
     @staticmethod
-    def of(program: Program) -> Memory:
+    def of(program: Program, *, stores_copies: bool = False) -> Memory:
         """The answers for a program. Passes that leave its ops as they are share them."""
-        held = _latest.memory
+        held = _latest.found.get(stores_copies)
         if held is None or held.program.body is not program.body:
-            held = _latest.memory = Memory(program)
+            held = _latest.found[stores_copies] = Memory(program, stores_copies=stores_copies)
         return held
 
     def roots(self, operand: Operand) -> Roots:
@@ -271,9 +273,10 @@ class Memory:
 
 
 class _Latest(threading.local):
-    """The analysis that was made last."""
+    """The analyses that this thread made last, by `stores_copies`."""
 
-    memory: Memory | None = None
+    def __init__(self) -> None:
+        self.found: dict[bool, Memory] = {}
 
 
 _latest = _Latest()

@@ -55,8 +55,9 @@ class PointsTo:
     models: the name of the model that each forward runs.
     """
 
-    def __init__(self, program: Program, origins: Origins) -> None:
+    def __init__(self, program: Program, origins: Origins, stores_copies: bool) -> None:
         self.origins = origins
+        self.stores_copies = stores_copies
         self.held: dict[Hashable, set[Root]] = {}
         self._closures: dict[Hashable, set[Root]] = {}
         self._followers: dict[Hashable, set[Hashable]] = {}
@@ -115,6 +116,14 @@ class PointsTo:
                 self._enter(root.forward, held)
             else:
                 self._grow(self.held, holder_of(root), held)
+
+    def _put(self, holders: Iterable[Root], held: Iterable[Root]) -> None:
+        """Values that the program puts into a container, an object or a name."""
+        holders = set(holders)
+        to_sites = any(isinstance(root, Site) for root in holders)
+        if self.stores_copies and not to_sites and any(is_outside(root) for root in holders):
+            held = {root for root in held if not isinstance(root, Site)}
+        self._hold(holders, held)
 
     def _enter(self, forward: str, roots: Iterable[Root]) -> None:
         """Values that the model was given: any site after them may be one of them."""
@@ -210,7 +219,7 @@ class PointsTo:
             case ops.Global(result=result, name=name, scope=scope):
                 self._add(result, {Outside(f"{scope} {name}"), *self.held.get(ANY_NAME, ())})
             case ops.SetGlobal(value=value):
-                self._hold({ANY_NAME, ANYTHING}, self.roots(value))
+                self._put({ANY_NAME, ANYTHING}, self.roots(value))
             case ops.Cell(result=result, initial=initial):
                 self._add(result, {Fresh(result.name)})
                 self._hold({Fresh(result.name)}, self.roots(initial))
@@ -232,12 +241,12 @@ class PointsTo:
             case ops.Item(result=result, object=base):
                 self._add(result, self.parts(base))
             case ops.SetAttribute(object=base, value=value):
-                self._hold(self.roots(base), self.roots(value))
+                self._put(self.roots(base), self.roots(value))
             case ops.SetItem(object=base, index=index, value=value):
                 if not self.origins.is_tensor(base) and not (
                     self.origins.is_from_model(base) and is_tensor_index(index)
                 ):
-                    self._hold(self.roots(base), self.parts(value) if isinstance(index, Slice) else self.roots(value))
+                    self._put(self.roots(base), self.parts(value) if isinstance(index, Slice) else self.roots(value))
             case ops.Build(result=result, elements=elements):
                 self._add(result, {Fresh(result.name)})
                 for element in elements:
@@ -394,7 +403,7 @@ class PointsTo:
             stored: set[Root] = set()
             for argument in op.arguments:
                 stored |= self.parts(argument.value)
-            self._hold(NOTHING.union(*(self.roots(part.value) for part in self.origins.at(op, known.mutates))), stored)
+            self._put(NOTHING.union(*(self.roots(part.value) for part in self.origins.at(op, known.mutates))), stored)
 
     def _save(self, result: Value, value: Operand, copy: bool) -> None:
         self._add(result, {Fresh(result.name)})

@@ -123,6 +123,38 @@ def test_a_log_is_no_part_of_what_was_assigned() -> None:
         return first, h
 
 
+class State:
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.count = 0
+
+
+def test_an_object_that_was_given_values_of_several_sites_is_none_of_them() -> None:
+    @both()
+    def run(model, x):
+        state = State()
+        with model.trace(x):
+            state.seen.append(model.layers[0].linear.output)
+            state.seen.append(model.layers[1].output)
+            state.count += 1
+            state.last = model.layers[2].output
+            state.count += 1
+            model.layers[3].output *= 2
+            state.out = model.output
+        return state.seen, state.last, state.out, state.count
+
+    @both()
+    def globally(model, x):
+        with model.trace(x):
+            LOG.append(0)
+            LOG[-1] = model.layers[0].linear.output
+            LOG.append(model.layers[1].output)
+            LOG.append(float(model.output.sum()))
+        kept = list(LOG)
+        LOG.clear()
+        return kept
+
+
 def test_a_condition_on_a_counter_of_a_loop_of_the_run() -> None:
     @both()
     def run(model, x):
