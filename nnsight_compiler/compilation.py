@@ -142,7 +142,7 @@ def lower_program(
 
     def specialised(source: Program) -> Program:
         result.append((specialise if checker is None else checker.specialise)(source, subject))
-        if isinstance(globals_, GuardedGlobals):
+        if isinstance(globals_, GuardedGlobals) and checker is None:  # what is only checked never runs
             globals_.admit(source, result[0].program)
         return result[0].program
 
