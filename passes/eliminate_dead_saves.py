@@ -217,7 +217,9 @@ class _Elimination:
         """Whether the op has an effect of its own, or might raise where Python would."""
         op = node.op
         match op:
-            case ops.Global() | ops.Cell() | ops.Closure() | ops.Store() | ops.Read() | ops.Grad() | ops.Save():
+            case ops.Store(cell=cell):
+                return not isinstance(self.memory.origins.definition(cell), ops.Cell)  # a stage is given its cells
+            case ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad() | ops.Save():
                 return False
             case ops.Stage() | ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
                 return False

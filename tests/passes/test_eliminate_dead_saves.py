@@ -370,3 +370,8 @@ def test_an_early_exit_keeps_its_loop() -> None:
           return %n
         """
     )
+
+
+def test_a_store_to_a_cell_from_outside_stays() -> None:
+    program = parse_program("stage f(%cell)\n  store %cell = 1\n  return None\n")
+    assert eliminate_dead_saves(program) == program
