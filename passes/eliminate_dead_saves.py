@@ -33,7 +33,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import AnyOp, Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import defined, operands, regions, rewrite, used
-from nnsight_compiler.ir.values import Literal, Module, Operand, Value, values_in
+from nnsight_compiler.ir.values import Literal, Module, Operand, Unbound, Value, values_in
 from nnsight_compiler.passes.known_calls import CHANGES_MODULES, Behaviour
 from nnsight_compiler.passes.memory import Memory, Outside
 
@@ -223,7 +223,9 @@ class _Elimination:
                 return False
             case ops.Stage() | ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
                 return False
-            case ops.Bound(value=value) if isinstance(self.memory.origins.definition(value), ops.Global):
+            case ops.Bound(value=value) if isinstance(value, Unbound) or isinstance(
+                self.memory.origins.definition(value), ops.Global
+            ):
                 return True  # a name that stands for nothing
             case ops.Attribute() | ops.Load() | ops.Bound() | ops.Item() | ops.Format() | ops.Unpack():
                 return self.might_matter(node)

@@ -61,7 +61,7 @@ def item(held: Any, index: Any) -> Any:
         return UNKNOWN
     if isinstance(held, (list, tuple, range)):
         if type(index) is int and not -len(held) <= index < len(held):
-            raise Mistake(*_out_of_range(index, len(held), f"this {type(held).__name__}"))
+            return UNKNOWN  # Python says so when the line runs, as it does of all that is not the model's
         if type(index) is int or (isinstance(index, slice) and not has_marks(index)):
             return held[index]
         return UNKNOWN
@@ -73,7 +73,7 @@ def item(held: Any, index: Any) -> Any:
     return UNKNOWN
 
 
-def _out_of_range(index: int, size: int, what: str) -> tuple[str, str]:
+def out_of_range(index: int, size: int, what: str) -> tuple[str, str]:
     entries = "entry" if size == 1 else "entries"
     way_out = f"use an index from {-size} to {size - 1}" if size else "there is nothing to index"
     return f"index {index} is out of range: {what} has {size} {entries}", way_out
@@ -117,7 +117,7 @@ def check_index(held: torch.Tensor, index: Any) -> None:
             dimension += held.ndim - taken
         elif part is not None:
             if type(part) is int and not -held.shape[dimension] <= part < held.shape[dimension]:
-                reason, way_out = _out_of_range(part, held.shape[dimension], "this dimension{axis}")
+                reason, way_out = out_of_range(part, held.shape[dimension], "this dimension{axis}")
                 raise Mistake(reason, way_out, dimension)
             dimension += 1
 

@@ -20,7 +20,7 @@ from nnsight_compiler.ir.values import Module, Unbound, Value
 from nnsight_compiler.passes.assignments import misfit
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall
 from nnsight_compiler.passes.meta_calls import RESHAPING, call_known
-from nnsight_compiler.passes.meta_items import attribute, check_item_assignment, item
+from nnsight_compiler.passes.meta_items import attribute, check_item_assignment, item, out_of_range
 from nnsight_compiler.passes.meta_modules import call_module, weight_of
 from nnsight_compiler.passes.meta_operators import apply_operator
 from nnsight_compiler.passes.meta_torch import Mistake
@@ -131,9 +131,15 @@ class MetaOps(MetaValues):
             return self.surroundings.globals.get(read.name) if cell is None else cell.cell_contents
         return None
 
+    def is_site_tuple(self, held: Any) -> bool:
+        """Whether a value is a tuple that a module of the model gives or takes."""
+        return isinstance(held, tuple) and id(held) in self.live
+
     def _item(self, held: Any, index: Any) -> Any:
         if isinstance(held, (list, tuple)) and index is INTEGER and held:
             return self.join_all([(each,) for each in held])[0]
+        if self.is_site_tuple(held) and type(index) is int and not -len(held) <= index < len(held):
+            raise Mistake(*out_of_range(index, len(held), "this tuple"))
         found = item(held, index)
         if found is UNKNOWN and not isinstance(held, torch.Tensor):
             self.lose(*(each for each in inside(held) if each is not held and is_container(each)))
@@ -169,7 +175,7 @@ class MetaOps(MetaValues):
             self.define_all(op.results, tuple(held))
         else:
             length = held.shape[0] if isinstance(held, torch.Tensor) and held.ndim else None
-            length = len(held) if isinstance(held, tuple) else length
+            length = len(held) if self.is_site_tuple(held) else length
             names = len(op.results) - (op.star >= 0)
             if length is not None and (length < names if op.star >= 0 else length != names):
                 least = "at least " if op.star >= 0 else ""
