@@ -69,6 +69,7 @@ class Body:
         self.memory = placement.memory
         self.forward = forward
         self.order: Order = placement.orders(forward)
+        self.given = {root for each in forward.arguments for root in self.memory.reachable(each.value)}
         self.entries: list[Entry] = []
         self.makers: dict[str, Entry] = {}
         self.copies: dict[tuple[str, int], Value] = {}
