@@ -111,7 +111,7 @@ def check_sites(program: Program, orders: Orders) -> Program:
     written in place.
     """
     wrong: list[Diagnostic] = []
-    memory = Memory(program, stores_copies=True)
+    memory = Memory(program, copies=True)
     wrong.extend(_written_weights(program, memory))
     for forward in forwards(program.body):
         order = orders(forward)

@@ -290,6 +290,33 @@ def test_a_gradient_passes_through_an_input_that_is_written_to() -> None:
     assert x.grad[:, 1].any()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_loops_over_sites_that_use_what_the_forward_was_given(scaled: bool) -> None:
+    @intervene
+    def run(model, x, scale):
+        given = x * 2 if scaled else x
+        with model.trace(given):
+            for n in range(3):
+                model.layers[n].act.output += float(given.mean())
+            for n in (0, 2):
+                model.layers[n].output[:, 0] += scale * given[:, 1]
+            out = model.output
+        return given, out
+
+    def ordered(model, x, scale):
+        given = x * 2 if scaled else x
+        with model.trace(given):
+            for n in range(3):
+                model.layers[n].act.output += float(given.mean())
+                if n != 1:
+                    model.layers[n].output[:, 0] += scale * given[:, 1]
+            out = model.output
+        return given, out
+
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    assert plain(run(NNsight(NET), x, 0.5)) == plain(ordered(StandIn(NET), x, 0.5))
+
+
 def test_a_continue_on_a_layer_of_the_run() -> None:
     @both()
     def run(model, x):
