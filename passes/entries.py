@@ -69,6 +69,7 @@ class Body:
         self.memory = placement.memory
         self.forward = forward
         self.order: Order = placement.orders(forward)
+        self.given = {root for each in forward.arguments for root in self.memory.reachable(each.value)}
         self.entries: list[Entry] = []
         self.makers: dict[str, Entry] = {}
         self.copies: dict[tuple[str, int], Value] = {}
@@ -238,9 +239,10 @@ class Body:
         return frozenset[Root]().union(*(self.memory.named(each) for part in inner for each in operands(part)))
 
     def _entered(self) -> dict[Root, set[int]]:
-        """The storages that the model is given in this forward, and when."""
+        """The storages that the model is given in this forward by its body, and when: of its arguments it has copies
+        where that matters."""
         entered: dict[Root, set[int]] = defaultdict(set)
-        given: list[tuple[Operand, int]] = [(each.value, BEFORE) for each in self.forward.arguments]
+        given: list[tuple[Operand, int]] = []
         for op in walk(self.forward.body):
             if isinstance(op, (ops.Write, ops.Skip)):
                 given.append((op.value, place_of(op, self.order).time))

@@ -55,24 +55,24 @@ class Memory:
     """The answers for one program. Only ops of that very program may be asked about.
 
     origins: definitions of values, and what is known of calls.
-    stores_copies: whether what the program puts into something from outside is taken to be a copy where the model
-        holds it, as `place` makes it to be.
+    copies: whether to count on the copies that a run makes: of values of the model where they are put into something
+        from outside, and of what a forward is given where its body writes in place.
     """
 
-    def __init__(self, program: Program, *, stores_copies: bool = False) -> None:
+    def __init__(self, program: Program, *, copies: bool = False) -> None:
         self.program = program
         self.origins = Origins(program)
-        self._points_to = PointsTo(program, self.origins, stores_copies)
+        self._points_to = PointsTo(program, self.origins, copies)
         self._effects: dict[tuple[int, bool], Roots] = {}
         self._open: set[int] = set()
         self._sets = any(isinstance(op, ops.Call) and self._is_setter(op) for op in program.walk())
 
     @staticmethod
-    def of(program: Program, *, stores_copies: bool = False) -> Memory:
+    def of(program: Program, *, copies: bool = False) -> Memory:
         """The answers for a program. Passes that leave its ops as they are share them."""
-        held = _latest.found.get(stores_copies)
+        held = _latest.found.get(copies)
         if held is None or held.program.body is not program.body:
-            held = _latest.found[stores_copies] = Memory(program, stores_copies=stores_copies)
+            held = _latest.found[copies] = Memory(program, copies=copies)
         return held
 
     def roots(self, operand: Operand) -> Roots:
@@ -273,7 +273,7 @@ class Memory:
 
 
 class _Latest(threading.local):
-    """The analyses that this thread made last, by `stores_copies`."""
+    """The analyses that this thread made last, by `copies`."""
 
     def __init__(self) -> None:
         self.found: dict[bool, Memory] = {}

@@ -10,7 +10,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import defined
 from nnsight_compiler.ir.types import TensorType
 from nnsight_compiler.ir.values import Literal, Operand, Slice, Tuple, Value
-from nnsight_compiler.passes.behaviour import EVERY, KnownCall, Place
+from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Place
 from nnsight_compiler.passes.known_calls import ALL, METHODS, behaviour_of, names_class
 from nnsight_compiler.passes.roots import Fresh, Root
 
@@ -47,6 +47,18 @@ class Origins:
         """What is known of a call with these arguments; `None` for a host call or a call of a module."""
         row = ALL.get(call.target) if call.target is not None else None
         return None if row is None else behaviour_of(row, self.arguments(call))
+
+    def writes_tensors(self, op: Op) -> bool:
+        """Whether an op may write to a tensor in place."""
+        match op:
+            case ops.SetItem() | ops.Delete() | ops.SetAttribute():
+                return True
+            case ops.Operator(in_place=changes):
+                return changes
+            case ops.Call():
+                known = self.known(op)
+                return known is None or (bool(known.mutates) and known.behaviour is not Behaviour.CONTAINER)
+        return False
 
     def arguments(self, call: ops.Call) -> tuple[Argument, ...]:
         """The arguments of a call with the receiver of a method first, as `KnownCall` counts them."""

@@ -60,7 +60,7 @@ class Placement:
     def __init__(self, program: Program, orders: Orders) -> None:
         self.program = program
         self.orders = orders
-        self.memory = Memory.of(program, stores_copies=True)
+        self.memory = Memory.of(program, copies=True)
         self.builder = Builder(value.name for value in program.values())
         self.homes: dict[str, str] = {}
         self.leaving: dict[str, Value] = {}

@@ -55,9 +55,9 @@ class PointsTo:
     models: the name of the model that each forward runs.
     """
 
-    def __init__(self, program: Program, origins: Origins, stores_copies: bool) -> None:
+    def __init__(self, program: Program, origins: Origins, copies: bool) -> None:
         self.origins = origins
-        self.stores_copies = stores_copies
+        self.copies = copies
         self.held: dict[Hashable, set[Root]] = {}
         self._closures: dict[Hashable, set[Root]] = {}
         self._followers: dict[Hashable, set[Hashable]] = {}
@@ -121,7 +121,7 @@ class PointsTo:
         """Values that the program puts into a container, an object or a name."""
         holders = set(holders)
         to_sites = any(isinstance(root, Site) for root in holders)
-        if self.stores_copies and not to_sites and any(is_outside(root) for root in holders):
+        if self.copies and not to_sites and any(is_outside(root) for root in holders):
             held = {root for root in held if not isinstance(root, Site)}
         self._hold(holders, held)
 
@@ -314,7 +314,7 @@ class PointsTo:
             case ops.Forward(result=result, model=model, arguments=arguments, body=body):
                 self._add(result, {Fresh(result.name)})
                 self.models[result.name] = next((value.name for value in values_in(model)), "")
-                for argument in arguments:
+                for argument in () if self.copies else arguments:
                     self._enter(result.name, self.reachable(argument.value))
                 self._block(body, replace(place, forward=result.name, rows=""))
             case ops.Invoke(result=result, arguments=arguments, body=body):

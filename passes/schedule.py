@@ -11,10 +11,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.passes.entries import BEFORE, Body, Entry
-from nnsight_compiler.passes.sites import (
-    Place,
-    place_of,
-)
+from nnsight_compiler.passes.sites import Place, locate, place_of
 
 
 class Schedule(Body):
@@ -25,6 +22,10 @@ class Schedule(Body):
         if not entry.merge:
             entry.pin = self._pin(entry, op)
         entry.time = max((need.time for need in entry.needs), default=BEFORE)
+        if entry.time == BEFORE and not entry.merge and self._changes(op) & self.given:
+            start = locate("", "input", None, op.span, self.order)
+            self.places[start.time] = start
+            entry.time = start.time  # the model has what it was given before the body changes it
         if entry.pin is None:
             return
         if entry.time > entry.pin.time and isinstance(op, ops.Read):

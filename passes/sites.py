@@ -111,7 +111,7 @@ def check_sites(program: Program, orders: Orders) -> Program:
     written in place.
     """
     wrong: list[Diagnostic] = []
-    memory = Memory.of(program, stores_copies=True)
+    memory = Memory.of(program, copies=True)
     wrong.extend(_written_weights(program, memory))
     for forward in forwards(program.body):
         order = orders(forward)
@@ -148,10 +148,12 @@ def _written_weights(program: Program, memory: Memory) -> Iterator[Diagnostic]:
 
 
 def _written_inputs(forward: ops.Forward, body: list[Op], memory: Memory) -> Iterator[Diagnostic]:
-    """In-place writes to what a forward was given, in its own body: it is not told whether the model sees them."""
+    """In-place writes to what a forward was given, in its own body. What may be something else is no mistake: the model
+    sees what it was given as it was at the `with`."""
     given = {root for argument in forward.arguments for root in memory.roots(argument.value)}
     for op in body:
-        if in_place(op, memory) and targets(op, memory) & given:
+        changed = targets(op, memory) if in_place(op, memory) else frozenset()
+        if changed and changed <= given:
             yield Diagnostic(
                 op.span,
                 "this changes an input of the forward that is running, and the model may or may not have read it yet",

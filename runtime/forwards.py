@@ -70,6 +70,7 @@ class Forward:
     """The plan of one forward: the functions at its sites, in the order in which they run.
 
     stops: whether nothing that comes after the last site is needed.
+    copies: whether the functions may write in place: the model is then given copies, lest a site be a caller's tensor.
     brings: the names in the state of what comes from outside of the forward; gradients are recorded where one of these
         requires them.
 
@@ -77,10 +78,12 @@ class Forward:
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("_whole", "brings", "sites", "span", "stops")
+    __slots__ = ("_whole", "brings", "copies", "sites", "span", "stops")
 
-    def __init__(self, sites: tuple[SitePlan, ...], stops: bool, brings: tuple[str, ...], span: Span) -> None:
-        self.sites, self.stops, self.brings, self.span = sites, stops, brings, span
+    def __init__(
+        self, sites: tuple[SitePlan, ...], stops: bool, copies: bool, brings: tuple[str, ...], span: Span
+    ) -> None:
+        self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
         self._whole: set[Any] = set()
 
     def run(self, model: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
@@ -114,7 +117,10 @@ class Forward:
                     hook = _input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _ACTIVE.run = run
-            if torch.is_grad_enabled() and not (grad or self._records(state, args, kwargs)):
+            records = torch.is_grad_enabled() and (grad or self._records(state, args, kwargs))
+            if self.copies:
+                args, kwargs = _copied((args, kwargs), {})
+            if torch.is_grad_enabled() and not records:
                 with torch.no_grad():
                     root(*args, **kwargs)
             else:
@@ -169,6 +175,25 @@ class Forward:
 def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a forward's inputs may decide how often its modules run, besides what was guarded on."""
     return tuple([getattr(value, "shape", None) for value in (*args, *kwargs.values())])
+
+
+def _copied(value: Any, made: dict[int, Any]) -> Any:
+    """A copy of an input: of the tensors in it, and of the containers around them. What is one stays one."""
+    if id(value) in made:
+        return made[id(value)]
+    if isinstance(value, torch.Tensor):
+        copy: Any = value.clone()
+    elif isinstance(value, tuple):
+        items = [_copied(item, made) for item in value]
+        copy = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    elif type(value) is list:
+        copy = [_copied(item, made) for item in value]
+    elif type(value) is dict:
+        copy = {name: _copied(item, made) for name, item in value.items()}
+    else:
+        return value
+    made[id(value)] = copy
+    return copy
 
 
 class _Started:

@@ -18,6 +18,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
 from nnsight_compiler.ir.values import Module, Value
+from nnsight_compiler.passes.origins import Origins
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
@@ -75,8 +76,10 @@ class _Generator(Statements):
             plans[id(op)].append(
                 SitePlan(at.module.path, at.port, at.call, function, at.span, _counted_from_the_end(at))
             )
+        origins = Origins(program)
         for op in forwards:
-            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), self._brings(op), op.span)
+            copies = any(map(origins.writes_tensors, walk(op.body)))
+            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), copies, self._brings(op), op.span)
         driver = self._driver(bool(sites))
         (run,) = link(self, [driver], globals_, closure, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))

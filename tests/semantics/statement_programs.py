@@ -538,8 +538,7 @@ class Writer:
     def write(self, site: str) -> None:
         self.written = True
         k = self.choose(TOKENS)
-        kinds = ["number", "tensor", "kept"]  # what is written in place to the first input changes what was passed
-        kind = self.pick(kinds if site.endswith(".input") else [*kinds, "augmented", "item", "row"])
+        kind = self.pick(["number", "tensor", "kept", "augmented", "item", "row"])
         rows, fulls = self.named("row"), self.named("full")
         match kind:
             case "tensor" if fulls:

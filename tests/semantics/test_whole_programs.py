@@ -228,6 +228,95 @@ def test_an_in_place_write_to_the_first_input_leaves_the_callers_tensor() -> Non
         return out
 
 
+HELD: Any = None
+
+
+def hold(value: Any) -> None:
+    global HELD
+    HELD = value
+
+
+def test_the_model_has_what_it_was_given_before_the_body_changes_it() -> None:
+    @both()
+    def run(model, x):
+        hold(x)
+        with model.trace(x):
+            HELD[:, 0] = 5  # only the run can tell that this is `x`
+            LOG.append(float(x.sum()))
+            first = model.layers[0].input
+        with model.trace(x):
+            second = model.layers[0].input
+        return first, second
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+
+    def forward(self, pair: list[torch.Tensor], named: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.part(pair[0]) + 2 * pair[1] + 3 * named["x"]
+
+
+def test_an_in_place_write_to_an_input_in_a_container_leaves_the_callers_tensors() -> None:
+    @intervene
+    def run(model, pair, named):
+        with model.trace(pair, named=named):
+            model.part.output[0] = 5
+            out = model.output
+        return out
+
+    x, y = torch.ones(2), torch.zeros(2)
+    pair, named = [x, y], {"x": x}
+    out = run(NNsight(Pairs()), pair, named)
+    assert out.tolist() == [5 + 3 * 5, 1 + 3 * 1]  # the model was given one tensor twice
+    assert x.tolist() == [1, 1]
+    assert pair[0] is x
+    assert named["x"] is x
+
+
+def test_a_gradient_passes_through_an_input_that_is_written_to() -> None:
+    @intervene
+    def run(model, x):
+        with model.trace(x):
+            model.layers[0].input[:, 0] = 5
+            out = model.output
+        return out
+
+    x = torch.ones(2, 3, 4, requires_grad=True)
+    run(NNsight(NET), x).sum().backward()
+    assert x.grad is not None
+    assert not x.grad[:, 0].any()
+    assert x.grad[:, 1].any()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_loops_over_sites_that_use_what_the_forward_was_given(scaled: bool) -> None:
+    @intervene
+    def run(model, x, scale):
+        given = x * 2 if scaled else x
+        with model.trace(given):
+            for n in range(3):
+                model.layers[n].act.output += float(given.mean())
+            for n in (0, 2):
+                model.layers[n].output[:, 0] += scale * given[:, 1]
+            out = model.output
+        return given, out
+
+    def ordered(model, x, scale):
+        given = x * 2 if scaled else x
+        with model.trace(given):
+            for n in range(3):
+                model.layers[n].act.output += float(given.mean())
+                if n != 1:
+                    model.layers[n].output[:, 0] += scale * given[:, 1]
+            out = model.output
+        return given, out
+
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    assert plain(run(NNsight(NET), x, 0.5)) == plain(ordered(StandIn(NET), x, 0.5))
+
+
 def test_a_continue_on_a_layer_of_the_run() -> None:
     @both()
     def run(model, x):
