@@ -72,6 +72,9 @@ class Report:
         parts += [f"not checked: {each}" for each in self.unchecked]
         return "\n\n".join([*parts, self.summary])
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what IPython asks for
+        printer.text(str(self))
+
     @property
     def summary(self) -> str:
         """One line: how many mistakes, and how many places that could not be checked."""

@@ -1,42 +1,53 @@
 """What an experiment will do: its stages, its forwards, and the calls that the compiler does not know.
 
-stage 1                                          given layer=3
-  demo.py:13  forward of GPT2LMHeadModel         reads transformer.h.3 output; ends after it
-  demo.py:14  host op `choose(…)`                not in the table of known calls: it runs as it is, once
+stage 1, given layer=3
+  demo.py:13  forward of GPT2LMHeadModel  reads transformer.h.3 output; ends after it
+  demo.py:14  host op `choose(…)`         not in the table of known calls
 stage 2 begins at demo.py:15, where it must be known which module this is
-  demo.py:15  forward                            specialised when the run reaches it
+  demo.py:15  forward                     specialised when the run reaches it
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 from nnsight_compiler.compilation import Compiled
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, regions, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
+from nnsight_compiler.passes.behaviour import Behaviour
+from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.inline import MODULE_CALL
+from nnsight_compiler.passes.known_calls import known_target
 
 LATER = "specialised when the run reaches it"
+HOST_OPS = "A host op runs as it is, each time its line is reached; it may read and change whatever it can get at."
+IN_FULL = 4
+"""Variants of a stage that are shown with their steps."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A forward or a host op.
+    """A forward, a call of a module, or a host op.
 
-    place: `file:line`. what: the forward or the call. why: what the forward is for, or why the call is a host op.
+    what: the forward or the call. why: what the forward is for, or why the call is a host op.
+    within: the loops and conditions around it, outermost first. times: how often the same step stands there.
     """
 
     kind: str
-    place: str
+    file: str
+    line: int
     what: str
     why: str
+    within: tuple[str, ...] = ()
+    times: int = 1
 
 
 @final
@@ -44,12 +55,14 @@ class Step:
 class StageReport:
     """A part of an experiment that is specialised at once.
 
-    place: where it begins. needs: what only the run of what precedes it gives; empty for the first stage.
-    variants: what it was specialised to so far, each with its own steps; none before a run has reached it.
+    file, line: where it begins. needs: what only the run of what precedes it gives; empty for the first stage.
+    variants: what it was specialised to so far, each with its own steps; before a run has reached it, one of what is
+        known already.
     """
 
     number: int
-    place: str
+    file: str
+    line: int
     needs: str
     variants: tuple[Variant, ...]
 
@@ -57,7 +70,7 @@ class StageReport:
 @final
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A stage, specialised. `given`: what for; `steps`: forwards and host ops in the order of the source."""
+    """A stage, specialised. `given`: what for; `steps`: forwards and calls in the order of the source."""
 
     given: tuple[str, ...]
     steps: tuple[Step, ...]
@@ -76,19 +89,63 @@ class Explanation:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([f"experiment {self.name}", *(line for stage in self.stages for line in _lines(stage))])
+        lines = [f"experiment {self.name}", *(line for stage in self.stages for line in _lines(stage))]
+        steps = [step for stage in self.stages for variant in stage.variants for step in variant.steps]
+        return "\n".join([*lines, HOST_OPS] if any(step.kind == "host" for step in steps) else lines)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what IPython asks for
+        printer.text(str(self))
+
+
+# --- as text ---
 
 
 def _lines(stage: StageReport) -> Iterator[str]:
-    begins = f" begins at {stage.place}, where it must be known {stage.needs}" if stage.needs else ""
-    for variant in stage.variants:
-        given = f"  given {', '.join(variant.given)}" if variant.given else ""
-        yield f"stage {stage.number}{begins}{given}"
-        wide = max((len(f"{step.place}  {step.what}") for step in variant.steps), default=0)
-        for step in variant.steps:
-            yield f"  {f'{step.place}  {step.what}'.ljust(wide)}  {step.why}"
-        if not variant.steps:
-            yield "  no forward and no host op"
+    place = _place(stage.file, stage.line)
+    title = f"stage {stage.number}"
+    if stage.needs:
+        title += f" begins at {place}, where it must be known {stage.needs}"
+    if len(stage.variants) == 1:
+        [variant] = stage.variants
+        yield f"{title}{f', given {_told_given(variant)}' if variant.given else ''}"
+        yield from _step_lines(variant.steps, "  ")
+        return
+    yield f"{title}; specialised {len(stage.variants)} times so far"
+    for variant in stage.variants[:IN_FULL]:
+        yield f"  given {_told_given(variant) or 'nothing'}"
+        yield from _step_lines(variant.steps, "    ")
+    more = [_told_given(variant) or "nothing" for variant in stage.variants[IN_FULL:]]
+    if more:
+        listed = "; or ".join(more if len(more) <= IN_FULL else [*more[:IN_FULL], f"{len(more) - IN_FULL} others"])
+        yield f"  and {len(more)} more: given {listed}"
+
+
+def _told_given(variant: Variant) -> str:
+    return ", ".join(variant.given)
+
+
+def _step_lines(steps: tuple[Step, ...], indent: str) -> Iterator[str]:
+    if not steps:
+        yield f"{indent}no forward and no host op"
+    heads = [f"{_place(step.file, step.line)}  {step.what}" for step in steps]
+    wide = max(map(len, heads), default=0)
+    for head, step in zip(heads, steps, strict=True):
+        times = f"; {step.times} of these" if step.times > 1 else ""
+        within = "".join(f"; {each}" for each in step.within)
+        yield f"{indent}{head.ljust(wide)}  {step.why}{times}{within}"
+
+
+def _place(file: str, line: int) -> str:
+    """`file:line`, from the working directory where the file is below it."""
+    try:
+        near = os.path.relpath(file)
+    except ValueError:  # on another drive
+        near = file
+    beyond = not os.path.isabs(file) or near.startswith(os.pardir)
+    return f"{file if beyond else near}:{line}"
+
+
+# --- what is found in compiled programs ---
 
 
 def explain(name: str, compiled: Compiled) -> Explanation:
@@ -97,88 +154,174 @@ def explain(name: str, compiled: Compiled) -> Explanation:
 
 
 def _stages(first: Compiled) -> Iterator[StageReport]:
-    yield StageReport(1, _place(first.program.span), "", (_variant(first),))
-    found: dict[tuple[str, str], list[Variant]] = {}
+    span = first.program.span
+    yield StageReport(1, span.file, span.line, "", (_variant(first, {}),))
+    found: dict[tuple[str, int, str], list[Variant]] = {}
     _collect(first, found)
-    for number, ((place, needs), variants) in enumerate(found.items(), start=2):
-        yield StageReport(number, place, needs, tuple(dict.fromkeys(variants)))
+    for number, (place, variants) in enumerate(found.items(), start=2):
+        reached = [each for each in variants if LATER not in (step.why for step in each.steps)]
+        yield StageReport(number, *place, tuple(dict.fromkeys(reached or variants)))
 
 
-def _collect(compiled: Compiled, found: dict[tuple[str, str], list[Variant]]) -> None:
+def _collect(compiled: Compiled, found: dict[tuple[str, int, str], list[Variant]]) -> None:
     """The stages that begin in a program, and those that begin in them, by where they begin."""
+    made = _made(compiled.program)
+    calls = {op.function: op for op in compiled.program.walk() if isinstance(op, ops.Call)}
     for op in compiled.program.walk():
         if not isinstance(op, ops.Stage):
             continue
-        held = found.setdefault((_place(op.span), op.needs), [])
+        held = found.setdefault((op.span.file, op.span.line, op.needs), [])
         specialised = compiled.stages[op.result.name].compiled
-        held += map(_variant, specialised) if specialised else [Variant((), tuple(_expected(op.program)))]
+        names = _names(op.program, calls[op.result], made)
+        held += [_variant(each, names) for each in specialised] or [Variant((), _folded(_expected(op.program)))]
         for each in specialised:
             _collect(each, found)
 
 
-def _variant(compiled: Compiled) -> Variant:
-    return Variant(compiled.program.given, tuple(_steps(compiled.program)))
+def _names(program: Program, call: ops.Call, made: Mapping[str, Op]) -> dict[str, str]:
+    """What stands in the guards of a stage, and what the user calls it: what a box holds, a value without a name."""
+    names = {}
+    for op in program.walk():
+        if isinstance(op, ops.Load) and isinstance(op.cell, Value):
+            names[f"{op.cell.name}.value"] = op.name
+    for parameter, argument in zip(program.parameters, call.arguments, strict=True):
+        name = parameter.value.name
+        if _NAMELESS.fullmatch(name) and isinstance(argument.value, Value):
+            names[name] = _spelled(argument.value, made)
+    return names
+
+
+def _variant(compiled: Compiled, names: Mapping[str, str]) -> Variant:
+    told = [guard for guard in compiled.guards if guard.kind in ("value", "length") and "._path" not in guard.text]
+    given = [_told(guard, names) for guard in told]
+    return Variant(tuple(given), _folded(_steps(compiled.program)))
+
+
+_NAMELESS = re.compile(r"v\d+(_\d+)*")
+_SUBMODULE = re.compile(r"[\w.]+\._root\._module\.get_submodule\('([^']*)'\)")
+_INDEX = re.compile(r"\.__index__\(\)")
+_BRACKETED = re.compile(r"(?<![\w\])])\((\w+)\)")
+
+
+def _told(guard: Guard, names: Mapping[str, str]) -> str:
+    """A guard as a user would write it: modules by their paths, values by their names."""
+    text = _SUBMODULE.sub(r"\1", guard.text).replace("._module.training", ".training")
+    for name, known in names.items():
+        text = re.sub(rf"(?<![\w.]){re.escape(name)}\b", known, text)
+    return str(replace(guard, text=_BRACKETED.sub(r"\1", _INDEX.sub("", text))))
+
+
+def _made(program: Program) -> dict[str, Op]:
+    return {value.name: op for op in program.walk() for value in defined(op)}
+
+
+def _folded(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """Steps, with those that are the same as one."""
+    counts: dict[Step, int] = {}
+    for step in steps:
+        counts[step] = counts.get(step, 0) + 1
+    return tuple(replace(step, times=count) for step, count in counts.items())
 
 
 def _expected(program: Program) -> Iterator[Step]:
     """The forwards of a program that is not specialised yet."""
     for op in program.walk():
         if isinstance(op, ops.Forward):
-            yield Step("forward", _place(op.span), "forward", LATER)
+            yield Step("forward", op.span.file, op.span.line, "forward", LATER)
 
 
 def _steps(program: Program) -> Iterator[Step]:
-    made = {value.name: op for op in program.walk() for value in defined(op)}
+    made = _made(program)
     stages = {op.result for op in program.walk() if isinstance(op, ops.Stage)}
 
-    def visit(region: Region, site: str) -> Iterator[Step]:
+    def visit(region: Region, site: str, within: tuple[str, ...]) -> Iterator[Step]:
         for op in region.ops:
+            place = op.span.file, op.span.line
+            around = within
             match op:
                 case ops.Forward():
-                    yield Step("forward", _place(op.span), f"forward of {program.target}", _purpose(op))
+                    yield Step("forward", *place, f"forward of {program.target}", _purpose(op), within)
                 case ops.At(module=module, port=port):
-                    site = f"{module.path or 'the model'} {port}"
+                    site = _site(module, port)
                 case ops.Call(target=None) if op.function not in stages:
-                    yield Step("host", _place(op.span), f"host op `{_spelled(op.function, made)}(…)`", _why(site))
+                    what = f"host op `{_spelled(op.function, made)}(…)`"
+                    yield Step("host", *place, what, _why(site), within)
                 case ops.Call(target=target) if target == MODULE_CALL:
                     what = f"module call `{_spelled(op.function, made)}(…)`"
-                    yield Step("module", _place(op.span), what, "a torch module, run whole and as it is")
+                    yield Step("module", *place, what, "a torch module, run whole and as it is", within)
+                case ops.For() | ops.While():
+                    around = *within, f"in each round of line {op.span.line}"
+                case ops.If():
+                    around = *within, f"if line {op.span.line} says so"
             for inner in regions(op):
-                yield from visit(inner, site)
+                yield from visit(inner, site, around)
 
-    return visit(program.body, "")
+    return visit(program.body, "", ())
 
 
 def _why(site: str) -> str:
-    reason = "not in the table of known calls: it runs as it is, once each time the line is reached"
-    return f"{reason}; in the middle of the forward, at {site}" if site else reason
+    return f"not in the table of known calls{f'; in the middle of the forward, at {site}' if site else ''}"
 
 
 def _purpose(op: ops.Forward) -> str:
     """What is read and written in a forward, and where it ends."""
-    reads: list[str] = []
-    writes: list[str] = []
-    last = ""
+    reads: list[tuple[str, str]] = []
+    writes: list[tuple[str, str]] = []
+    last = ("", "output")
     for at in op.body.ops:
         assert isinstance(at, ops.At), "explained programs are placed"
-        last = f"{at.module.path or 'the model'} {at.port}"
+        last = at.module.path, at.port
         inside = list(walk(at.body))
         if any(isinstance(each, ops.Write | ops.SetItem) or _in_place(each) for each in inside):
             writes.append(last)
         elif any(isinstance(each, ops.Read) for each in inside):
             reads.append(last)
     touched = {"reads": reads, "writes": writes}
-    parts = [f"{word} {', '.join(_shortened(sites))}" for word, sites in touched.items() if sites]
-    whole = not last or last == "the model output"
-    return "; ".join([*parts, "runs to its end" if whole else f"ends after {last}"])
+    parts = [f"{word} {', '.join(_ranges(sites))}" for word, sites in touched.items() if sites]
+    end = "ends after it" if [*reads, *writes] == [last] else f"ends after {_named(*last)}"
+    return "; ".join([*parts, "runs to its end" if last == ("", "output") else end])
 
 
 def _in_place(op: Op) -> bool:
-    return isinstance(op, ops.Operator) and op.in_place
+    match op:
+        case ops.Operator(in_place=in_place):
+            return in_place
+        case ops.Call(target=str() as target) if target != MODULE_CALL:
+            return known_target(target).behaviour is Behaviour.MUTATES
+    return False
 
 
-def _shortened(sites: list[str]) -> list[str]:
-    return sites if len(sites) <= 4 else [*sites[:2], f"{len(sites) - 3} more", sites[-1]]
+def _site(module: Module, port: str) -> str:
+    return _named(module.path, port)
+
+
+def _named(path: str, port: str) -> str:
+    return f"{path or 'the model'} {port}"
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+def _ranges(sites: Iterable[tuple[str, str]]) -> list[str]:
+    """Sites by name; those of one kind in layers that follow each other as one: `h.0…3 output`."""
+    found: list[tuple[str, str, str, list[int]]] = []
+    for path, port in sites:
+        number = _NUMBER.search(path)
+        if number is None:
+            found.append((path, "", port, []))
+            continue
+        before, layer, after = path[: number.start()], int(number[0]), path[number.end() :]
+        for one, rest, held_port, layers in found:
+            if (one, rest, held_port) == (before, after, port) and layers and layers[-1] == layer - 1:
+                layers.append(layer)
+                break
+        else:
+            found.append((before, after, port, [layer]))
+    names = []
+    for before, after, port, layers in found:
+        numbers = "" if not layers else str(layers[0]) if len(layers) == 1 else f"{layers[0]}…{layers[-1]}"
+        names.append(_named(f"{before}{numbers}{after}", port))
+    return names if len(names) <= 6 else [*names[:3], f"{len(names) - 4} more", names[-1]]
 
 
 def _spelled(operand: Operand, made: Mapping[str, Op]) -> str:
@@ -190,8 +333,10 @@ def _spelled(operand: Operand, made: Mapping[str, Op]) -> str:
             return repr(value)
         case Value(name=name):
             match made.get(name):
-                case ops.Global(name=known) | ops.Load(name=known) | ops.Closure(name=known):
+                case ops.Global(name=known) | ops.Load(name=known) | ops.Bound(name=known) | ops.Closure(name=known):
                     return known
+                case ops.Operator(operator=sign, operands=(left, right)):
+                    return f"{_spelled(left, made)} {sign} {_spelled(right, made)}"
                 case ops.Attribute(object=base, name=attribute):
                     return f"{_spelled(base, made)}.{attribute}"
                 case ops.Item(object=base, index=index):
@@ -201,7 +346,3 @@ def _spelled(operand: Operand, made: Mapping[str, Op]) -> str:
             return name
         case Slice() | Tuple() | Unbound():
             return "…"
-
-
-def _place(span: Span) -> str:
-    return f"{span.file}:{span.line}"

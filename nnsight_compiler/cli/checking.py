@@ -58,6 +58,8 @@ class Checked:
 
 def check_file(target: Target, model: Any, arguments: Mapping[str, object]) -> Checked:
     """Checks what a target names: an experiment, or everything in the file."""
+    if target.saved:
+        return _saved(target.experiment(), model, arguments)
     found = lower_each(target.file)
     chosen = [each for each in found if _is_chosen(each, target.function)]
     if not chosen:
@@ -66,7 +68,8 @@ def check_file(target: Target, model: Any, arguments: Mapping[str, object]) -> C
         names = [each.program.name for each in found if isinstance(each, Lowered) and each.program.kind != "block"]
         raise unknown(f"experiment in {target.file} called", target.function, names, NO_EXPERIMENTS)
     programs = [each for each in chosen if isinstance(each, Lowered)]
-    _refuse_unknown(arguments, programs)
+    experiments = [each.program for each in programs if each.program.kind != "block"]
+    _refuse_unknown(arguments, [parameter.value.name for each in experiments for parameter in each.parameters])
     report = Report.of(
         [each for error in chosen if isinstance(error, CompileError) for each in error.diagnostics], (), ()
     )
@@ -79,6 +82,18 @@ def check_file(target: Target, model: Any, arguments: Mapping[str, object]) -> C
         report += _checked(each, file, model, arguments)
     blocks = sum(each.program.kind == "block" for each in programs)
     return Checked(report, len(chosen) - blocks, blocks)
+
+
+def _saved(experiment: Experiment, model: Any, arguments: Mapping[str, object]) -> Checked:
+    """Checks the experiment of an experiment file."""
+    names = [parameter.value.name for parameter in experiment.ir.parameters]
+    _refuse_unknown(arguments, names)
+    given = dict(arguments)
+    if MODEL in names:
+        given[MODEL] = model
+    elif experiment._namespace is not None and experiment._namespace.needs_model:
+        experiment._namespace.model = model
+    return Checked(experiment.check(**given), 1, 0)
 
 
 def _checked(each: Lowered, file: Declarations, model: Any, arguments: Mapping[str, object]) -> Report:
@@ -106,11 +121,9 @@ def _is_chosen(each: Lowered | CompileError, function: str | None) -> bool:
     return isinstance(each, Lowered) and each.program.name == function and each.program.kind != "block"
 
 
-def _refuse_unknown(arguments: Mapping[str, object], programs: list[Lowered]) -> None:
+def _refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
     if MODEL in arguments:
         raise RefusalError("--arg model=… cannot name a model", "use --model NAME")
-    known = [parameter.value.name for each in programs for parameter in each.program.parameters
-             if each.program.kind != "block"]  # fmt: skip
     for name in arguments:
         if name not in known:
             raise unknown("parameter called", name, known, "the traces of a file take no arguments")

@@ -200,7 +200,7 @@ def explain(
         positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model, weights=False)
         with user_code():
             explanation = experiment.explain(*positional, **keywords)
-    print(dumps(explanation.as_data(), indent=2) if json else explanation)
+    print(dumps(explanation.as_data(), ensure_ascii=False, indent=2) if json else explanation)
 
 
 @app.command()

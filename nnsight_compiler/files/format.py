@@ -60,6 +60,8 @@ def write(path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Ma
             f"the program and what it holds besides tensors take {len(text) / 2**20:.0f} MiB of JSON, and a file may"
             f" have {MAX_HEADER // 2**21} MiB; put long lists of numbers into tensors"
         )
+    if not target.parent.is_dir():
+        raise FileError(f"{target} cannot be written: there is no folder {target.parent}")
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(beside), metadata={KEY: text})

@@ -50,6 +50,9 @@ class SavedFile:
             lines += [f"  {call}" for call in self.host_ops]
         return "\n".join(lines)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what IPython asks for
+        printer.text(str(self))
+
 
 def save_experiment(experiment: Experiment, path: str | os.PathLike[str]) -> SavedFile:
     """Writes an experiment to a file: its program, and all that it reads from outside of itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import linecache
 import sys
 from pathlib import Path
 
@@ -109,6 +110,36 @@ def test_the_model_that_a_file_reads_as_a_global(run) -> None:
     code, _, err = run("run", "around.safetensors", "--arg", "prompt=The city of")
     assert code == 2
     assert err.endswith("error: around needs a model\n  way out: add --model tiny, or the name or folder of another\n")
+
+
+def test_check_and_explain_take_a_file(run, tmp_path: Path) -> None:
+    run("compile", "demo.py:steer", "-o", "steer.safetensors")
+    run("compile", "demo.py:around", "-o", "around.safetensors")
+    (tmp_path / "demo.py").unlink()
+    linecache.clearcache()
+    assert run("check", "steer.safetensors", "--model", "tiny", "--arg", "prompt=a")[:2] == (
+        0,
+        "no mistakes found in 1 experiment\n",
+    )
+    assert run("check", "around.safetensors", "--model", "tiny")[0] == 0
+    code, out, _ = run("check", "steer.safetensors", "--model", "tiny", "--arg", "layer=7", "--json")
+    [mistake] = json.loads(out)["mistakes"]
+    assert code == 1
+    assert (mistake["line"], mistake["column"]) == (17, 9)
+    assert mistake["reason"] == "transformer.h (ModuleList) holds 3 modules: no index 7 (0 to 2)"
+    code, _, err = run("check", "steer.safetensors", "--model", "tiny", "--arg", "lyaer=7")
+    assert (code, err) == (
+        2,
+        "error: there is no parameter called 'lyaer'\n  way out: choose one of: layer, model, prompt\n",
+    )
+    code, out, _ = run("explain", "steer.safetensors", "--model", "tiny", "--arg", "prompt=a")
+    assert code == 0
+    assert out == (
+        "experiment steer\n"
+        "stage 1, given layer=1\n"
+        "  demo.py:16  forward of GPT2LMHeadModel  reads lm_head output; writes transformer.h.1 output; ends after"
+        " lm_head output\n"
+    )
 
 
 def test_a_local_only_file(run) -> None:

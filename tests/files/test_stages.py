@@ -1,4 +1,4 @@
-"""Experiments whose layer only a run can give, in a file: equal draws, equal values, mistakes at the stored line."""
+"""Experiments whose layer only a run can give, through a file: equal draws and values, mistakes at their lines."""
 
 from __future__ import annotations
 
