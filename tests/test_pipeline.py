@@ -226,12 +226,9 @@ def order(_: ops.Forward) -> Order:
     return observed(tiny(), ((CLEAN,), {}))
 
 
+SUBJECT = Subject({**ARGUMENTS, "model": tiny(), "scale": 2.0}, {"random": random}, {}, lower_function, save)
 RUNS: Mapping[str, Callable[[Program], Program]] = {
-    "specialise": lambda program: (
-        specialise(
-            program, Subject({**ARGUMENTS, "model": tiny(), "scale": 2.0}, {"random": random}, {}, lower_function, save)
-        ).program
-    ),
+    "specialise": lambda program: specialise(program, SUBJECT).program,
     "infer": lambda program: infer(
         program, Surroundings({**ARGUMENTS, "model": tiny()}, {}, {}), lambda _: extent_of(tiny(), ((CLEAN,), {}))
     ),

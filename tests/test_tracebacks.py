@@ -1,6 +1,6 @@
 """Tracebacks have the user's lines, and the model's where it is the model that fails; none of the compiler's own.
 
-The mistakes are ones that only a run finds: what an index list selects.
+The mistakes are ones that only a run finds: what a list or a mask selects.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def misspelt(model, x):
 
 def bad_write() -> None:
     with model.trace(X):
-        model[0].output = torch.zeros(7)[[0, 1]]
+        model[0].output = X[X > 0]
         out = model[1].output.save()  # noqa: F841
 
 
@@ -91,7 +91,7 @@ def test_a_compile_error_ends_where_it_was_called() -> None:
 
 def test_a_write_that_does_not_fit_ends_at_its_own_line() -> None:
     error = raised(RunError, bad_write)
-    assert lines(error) == ["with model.trace(X):", "model[0].output = torch.zeros(7)[[0, 1]]"]
+    assert lines(error) == ["with model.trace(X):", "model[0].output = X[X > 0]"]
 
 
 def test_the_models_own_error_keeps_the_models_lines() -> None:
