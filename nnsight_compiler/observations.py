@@ -33,7 +33,8 @@ def axes_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
         found = held.get((key, rows, tokens)) or held.get(key)
         if found is None or not _holds(found, rows, tokens):
             found = infer_axes(module, args, kwargs, inputs)
-            held[(key, rows, tokens) if found.fixed else key] = found
+            # What holds for some sizes only, or for none, is found anew for others.
+            held[(key, rows, tokens) if found.fixed or found.how == "none" else key] = found
         return found, rows, tokens
 
 

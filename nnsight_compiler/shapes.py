@@ -1,24 +1,17 @@
-"""The shapes of a model's sites for the pass `infer`: found once for each model and kind of input."""
+"""The shapes of a model's sites, as the pass `infer` asks for them."""
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Any, final
-from weakref import WeakKeyDictionary
-
-import torch
 
 from nnsight_compiler.ir.ops import Port
+from nnsight_compiler.observations import axes_of
 from nnsight_compiler.passes.shapes import Extent
 from nnsight_compiler.passes.stand_ins import UNKNOWN
-from nnsight_compiler.runtime.axes import Axes, AxisError, infer_axes, input_axes
-from nnsight_compiler.runtime.input_axes import InputAxes, places
+from nnsight_compiler.runtime.axes import Axes, AxisError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-_found: WeakKeyDictionary[Any, dict[Any, Axes]] = WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def extent_of(model: Any, inputs: Inputs | None) -> Extent | None:
@@ -30,43 +23,13 @@ def extent_of(model: Any, inputs: Inputs | None) -> Extent | None:
     given = inputs if inputs is not None else model._example()
     if given is None:
         return None
-    kwargs = {name: value for name, value in given[1].items() if name != "grad"}
-    args, kwargs = model._prepare(given[0], kwargs)
-    axes = _axes(model, args, kwargs)
+    axes, rows, tokens = axes_of(model, *given)
     if axes.how == "none":
         return None
     varies = axes.inputs.names - axes.fixed.keys()
     if inputs is None:
         return Extent(_Sites(axes), varies=varies) if not axes.fixed else None
-    return Extent(_Sites(axes), *axes.inputs.sizes(args, kwargs), varies)
-
-
-def _axes(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes:
-    module = model._module
-    inputs = input_axes(module, args, kwargs)
-    structure = tuple(map(id, module.modules())), module.training
-    key = structure, tuple(_signature(inputs, place, leaf) for place, leaf in places(args, kwargs))
-    sized = key, inputs.sizes(args, kwargs)
-    with _lock:
-        held = _found.setdefault(model._root, {})
-        found = held.get(key) or held.get(sized)
-        if found is None:
-            found = infer_axes(module, args, kwargs, inputs)
-            # What holds for some sizes only is found anew for others.
-            held[sized if found.fixed or found.how == "none" else key] = found
-    return found
-
-
-def _signature(inputs: InputAxes, place: str, leaf: Any) -> Any:
-    """What of one input the shapes in a forward may rest on: all of it, but the contents and the sizes of a tensor
-    along rows and tokens."""
-    if isinstance(leaf, torch.Tensor):
-        names = inputs.dims.get(place, ())
-        sizes = [names[i] if i < len(names) and names[i] else int(size) for i, size in enumerate(leaf.shape)]
-        return place, str(leaf.dtype), *sizes
-    if isinstance(leaf, (bool, int, float, str, type(None))):
-        return place, type(leaf).__name__, leaf
-    return place, type(leaf).__name__
+    return Extent(_Sites(axes), rows, tokens, varies)
 
 
 @final

@@ -154,7 +154,6 @@ def test_programs_of_one_stage(net: Net, text: str) -> None:
     compare(text, net)
 
 
-@pytest.mark.skipif("NNSIGHT_COMPILER_STAGES" not in os.environ, reason="stages are not built yet")
 @profile(staged=True)
 def test_programs_of_several_stages(net: Net, text: str) -> None:
     compare(text, net)
