@@ -281,7 +281,7 @@ MISTAKES = [
     return value
 """,
         "value = hidden + torch.zeros(3)", "value = hidden + torch.zeros(128)",
-        "(128) must match the size of tensor b (3)", "the shapes here are [3], [1, 8, 128]",
+        "(128) must match the size of tensor b (3)", "the shapes here are [1, 8, 128], [3]",
     ),
     Mistake(
         "mismatched_cat", IN_TRACE,
