@@ -152,7 +152,10 @@ class Namespace(GuardedGlobals):
         if calls:
             raise FileError(
                 "this file makes calls that are not admitted:",
-                [Diagnostic(call.span, f"{call.name}: {NOT_KNOWN}", WAY_OUT) for call in calls],
+                [
+                    Diagnostic(call.span, f"{call.name}: {NOT_KNOWN}", WAY_OUT if call is calls[-1] else "")
+                    for call in calls
+                ],
             )
 
     # --- what names stand for ---

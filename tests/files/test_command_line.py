@@ -42,7 +42,7 @@ def around(prompt):
 
 @intervene
 def counted(x):
-    return some_library.count(x)
+    return some_library.count(x) + some_library.count(x[:0])
 
 
 @intervene
@@ -142,15 +142,16 @@ def test_check_and_explain_take_a_file(run, tmp_path: Path) -> None:
     )
 
 
-def test_a_local_only_file(run) -> None:
+def test_a_local_only_file(run, tmp_path: Path) -> None:
     code, out, err = run("compile", "demo.py:counted", "-o", "counted.safetensors")
     assert (code, err) == (0, "")
     assert "local-only, since it calls what is not in the table of known calls:\n" in out
-    assert out.endswith("demo.py:31:12: some_library.count\n")
+    assert out.endswith(f"demo.py:31:12: some_library.count\n  {tmp_path}/demo.py:31:36: some_library.count\n")
     code, _, err = run("run", "counted.safetensors", "--arg", "x='abc'")
     assert code == 1
     assert "demo.py:31:12: some_library.count: it is not in the table of known calls" in err
-    assert "nnsightc run --allow-host-calls" in err
+    assert "demo.py:31:36: some_library.count: it is not in the table of known calls" in err
+    assert err.count("nnsightc run --allow-host-calls") == 1
     assert run("run", "counted.safetensors", "--arg", "x='abc'", "--allow-host-calls") == (0, "3\n", "")
 
 
