@@ -233,3 +233,11 @@ def test_a_closure_that_calls_itself() -> None:
         """
     )
     assert Outside("x") in memory.writes(op_of(memory, "s"))
+
+
+def test_a_type_that_rests_on_an_argument_rules_nothing_out() -> None:
+    """The next call may bring a list of tensors, of which the sum holds the same tensors again."""
+    text = (
+        "experiment f(%v: f32[2, 4])\n  %both = %v + %v : f32[2, 4]\n  %part = item %both[0] : f32[4]\n  return %part\n"
+    )
+    assert Memory(parse_program(text)).may_alias(Value("part"), Value("v"))

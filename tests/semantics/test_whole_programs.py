@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from statement_oracle import StandIn
+from statement_oracle import StandIn, keep
 from torch import nn
 
-from nnsight_compiler import NNsight, intervene
+from nnsight_compiler import NNsight, intervene, save
 
 
 class Layer(nn.Module):
@@ -315,6 +315,45 @@ def test_loops_over_sites_that_use_what_the_forward_was_given(scaled: bool) -> N
 
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
     assert plain(run(NNsight(NET), x, 0.5)) == plain(ordered(StandIn(NET), x, 0.5))
+
+
+def test_what_was_a_tensor_in_the_first_call_is_a_list_or_a_number_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types that rest on an argument hold for one call; who shares storage is asked for all."""
+
+    def program(model, x, value):
+        with model.trace(x):
+            h = model.layers[0].linear.output
+            both = value + value  # new where it is a tensor; of a list, the same tensors again
+            part = both[0]
+            before, total = save(part), part.sum()
+            value[0] *= 3
+            again = part.sum()
+            out = model.output
+        return before, total, again, both, h, out
+
+    def scaled(model, x, value):
+        with model.trace(x):
+            site = model.layers[0].linear.output
+            other = value
+            other += site.mean()
+            before = save(value)
+            other += 1
+            out = model.output
+        return before, value, other, out
+
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    tensors = [lambda: torch.ones(2, 4), lambda: [torch.ones(3), torch.ones(4)], lambda: torch.zeros(2, 4)]
+    numbers = [lambda: torch.ones(2), lambda: 1.5, lambda: torch.zeros(1)]
+    for function, values in ((program, tensors), (scaled, numbers)):
+        experiment = intervene(function)
+        for make in values:
+            given, wanted = make(), make()
+            found = experiment(NNsight(NET), x, given)
+            with monkeypatch.context() as patch:
+                patch.setitem(globals(), "save", keep)
+                expected = function(StandIn(NET), x, wanted)
+            assert plain(found) == plain(expected)
+            assert plain(given) == plain(wanted)
 
 
 def test_a_continue_on_a_layer_of_the_run() -> None:
