@@ -107,6 +107,12 @@ class Calls(Inlining):
             self.evaluator.resolved(abstract)
         if value is len and len(plain) == 1:
             return self._length(op, function, plain[0], arguments)
+        if value is getattr and len(plain) == 2 and isinstance(plain[0].fact, SiteModule):
+            self.specialiser.guards.rely_on_identity(function.fact)
+            name = self.specialiser.demand(plain[1], op.span, "which attribute of a module this is")
+            if isinstance(name, str):
+                attribute = ops.Attribute(op.result, op.arguments[0].value, name, span=op.span)
+                return self.evaluator.attribute(attribute, plain[0], name)
         if value in (enumerate, zip, reversed) or getattr(value, "__name__", "") in SAME:
             self.specialiser.guards.rely_on_identity(function.fact)
             return self._iteration(op, function, value, plain, keywords, arguments)

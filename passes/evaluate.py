@@ -246,6 +246,10 @@ class Evaluator(Items):
         if isinstance(found, list) and all(map(is_handle, found)):
             return self.specialiser.pack([self._module_value(part, module, op.span) for part in found])
         path = f"{module.text}._root._module.get_submodule({handle._path!r})"
+        if not handle._path and not hasattr(handle._module, name) and not inspect.ismethod(found):
+            kept = self._keep_attribute(op, Abstract(module.model, span=op.span), name)  # the wrapper's, as `tokenizer`
+            kept.fact = Known(found, f"{module.text}.{name}")
+            return kept
         if callable(found):
             return Abstract(None, Method(base, name), span=op.span)
         kept = self._keep_attribute(op, Abstract(Module(module.model, handle._path), span=op.span), name)

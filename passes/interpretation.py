@@ -221,6 +221,8 @@ class Interpretation:
     def demand(self, value: Abstract, span: Span, what: str) -> Any:
         """The value itself, guarded on. `what` says what it is needed for, in an error."""
         match value.fact:
+            case Known(value=torch.Tensor() as held) if not self.relies_on(held):
+                pass  # the program has written to it by now
             case Known(value=known, text=text):
                 if not immutable(known) and hasattr(type(known), "__index__"):  # a tensor, or a number of numpy's
                     known, text = operator.index(known), text and f"({text}).__index__()"
@@ -293,8 +295,7 @@ class Interpretation:
         if value.live or isinstance(value.fact, Elements):
             return
         if isinstance(value.fact, Known):
-            if not isinstance(value.fact.value, torch.Tensor):
-                self.changes.objects[id(value.fact.value)] = value.fact.value
+            self.changes.objects[id(value.fact.value)] = value.fact.value
         elif not isinstance(value.operand, Value) or value.operand.name not in self.fresh:
             self.disturb()
 

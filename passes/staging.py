@@ -12,7 +12,7 @@ forward: its model could not wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NoReturn
 
@@ -27,7 +27,7 @@ from nnsight_compiler.passes.apply import FOLDED
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.control_flow import ControlFlow, emits
 from nnsight_compiler.passes.decisions import Undecided
-from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, SiteModule
+from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, Method, SiteModule
 from nnsight_compiler.passes.interpretation import AccessInClosure
 from nnsight_compiler.passes.known_calls import known_method
 from nnsight_compiler.passes.outline import outline
@@ -50,8 +50,8 @@ class Staging(ControlFlow):
         statement = next((op for op in reversed(self.positions) if id(op) not in self.decisions.whole), None)
         if statement is None or id(statement) in self.decisions.stages or self.program.kind == "block":
             self.not_known(value, span, what)
-        if self.forward is not None and self.made_inside(value):
-            ahead = moved_ahead(self.forward.op, self.forward.index, self.scope)
+        if self.forward is not None and (self.made_inside(value) or self._only_repeats(statement)):
+            ahead = self.moved_ahead(self.forward.op, self.forward.index)
             if ahead is None:
                 self.not_known(value, span, what)
             raise Undecided(ahead={id(statement): ahead})
@@ -68,6 +68,21 @@ class Staging(ControlFlow):
         )
 
     def made_inside(self, value: Abstract) -> bool:
+        plain = (ops.Operator, ops.Item, ops.Attribute, ops.Global, ops.Build)
+        return self._depends(
+            value, lambda op: not isinstance(op, plain) and getattr(op, "target", None) not in FOLDED_TARGETS
+        )
+
+    def of_this_forward(self, value: Abstract) -> bool:
+        """Whether a value depends on one of the model's in the forward around."""
+        if isinstance(value.fact, SiteModule):
+            return False
+        if value.operand is None and isinstance(value.fact, Method):
+            return self.of_this_forward(value.fact.receiver)
+        return self._depends(value, lambda op: isinstance(op, ops.Read))
+
+    def _depends(self, value: Abstract, on: Callable[[Op], bool]) -> bool:
+        """Whether a value depends on such an op of the body of the forward around."""
         assert self.forward is not None
         if value.operand is None:
             return True
@@ -81,17 +96,40 @@ class Staging(ControlFlow):
             if name in seen or name not in made:
                 continue
             seen.add(name)
-            op = made[name]
-            folded = isinstance(op, ops.Call) and op.target in FOLDED_TARGETS
-            if not folded and not isinstance(op, (ops.Operator, ops.Item, ops.Attribute, ops.Global, ops.Build)):
+            if on(made[name]):
                 return True
-            waiting += [each.name for each in used(op)]
+            waiting += [each.name for each in used(made[name])]
         return False
+
+    def moved_ahead(self, forward: ops.Forward, index: int) -> tuple[Op, ...] | None:
+        """The code of a forward's body before the op at `index` in which the model has no part, and the forward without
+        it; `None` where there is none. Such code runs before the model in any case, and effects keep their order.
+        """
+        ahead: list[Op] = []
+        of_model: set[str] = {forward.result.name}
+        waiting = False
+        for op in forward.body.ops[:index]:
+            inside = list(walk(Region((), (op,))))
+            touches = any(_touches(each, of_model) for each in inside) or any(
+                self.of_this_forward(self.scope[value]) for value in defined(op)
+            )
+            acts = any(_acts(each, forward) for each in inside)
+            if touches or (acts and waiting):
+                waiting |= acts
+                of_model.update(value.name for value in defined(op))
+            else:
+                ahead.append(op)
+        ahead = list(_without_idle_modules(ahead, self.scope))
+        if not ahead:
+            return None
+        chosen = {id(op) for op in ahead}
+        rest = tuple(op for op in forward.body.ops if id(op) not in chosen)
+        return *ahead, replace(forward, body=Region((), rest))
 
     def staged(self, region: Region, index: int) -> Region:
         op = region.ops[index]
         needs = self.decisions.stages[id(op)]
-        if self._only_repeats(region, index):
+        if self._only_repeats(op):
             self.not_known(Abstract(None), self.span(op), needs)
         cut = self.decisions.outlines.get(id(op))
         if cut is None:
@@ -118,10 +156,10 @@ class Staging(ControlFlow):
         self.scope[cut.result] = Abstract(result, None, loops, 0, span, at_run=True)
         return Region((), cut.rest)
 
-    def _only_repeats(self, region: Region, index: int) -> bool:
-        """Whether a stage would do nothing but begin another: what it needs to know, it does not find out."""
-        closures = sum(isinstance(op, ops.Closure) for op in region.ops[:index])
-        return self.program.kind == "stage" and region is self.program.body and closures == index
+    def _only_repeats(self, op: Op) -> bool:
+        """Whether a stage that begins at an op would do nothing but begin another: what it needs, it does not find."""
+        first = next((each for each in self.program.body.ops if not isinstance(each, ops.Closure)), None)
+        return self.program.kind == "stage" and op is first
 
     def _can_cross(self, value: Abstract) -> bool:
         """Whether a value can be handed to a stage."""
@@ -142,30 +180,6 @@ def _taking(program: Program, numbers: list[int]) -> Program:
     return replace(program, parameters=kept, body=substitute(program.body, dict(without)))
 
 
-def moved_ahead(forward: ops.Forward, index: int, scope: Mapping[Value, Abstract]) -> tuple[Op, ...] | None:
-    """The code of a forward's body before the op at `index` in which the model has no part, and the forward without it;
-    `None` where there is none. Such code runs before the model in any case, and effects keep their order.
-    """
-    ahead: list[Op] = []
-    of_model: set[str] = {forward.result.name}
-    waiting = False
-    for op in forward.body.ops[:index]:
-        inside = list(walk(Region((), (op,))))
-        touches = any(_touches(each, of_model, scope) for each in inside)
-        acts = any(_acts(each, forward) for each in inside)
-        if touches or (acts and waiting):
-            waiting |= acts
-            of_model.update(value.name for value in defined(op))
-        else:
-            ahead.append(op)
-    ahead = list(_without_idle_modules(ahead, scope))
-    if not ahead:
-        return None
-    chosen = {id(op) for op in ahead}
-    rest = tuple(op for op in forward.body.ops if id(op) not in chosen)
-    return *ahead, replace(forward, body=Region((), rest))
-
-
 def _without_idle_modules(ahead: list[Op], scope: Mapping[Value, Abstract]) -> Iterator[Op]:
     """The ops without those that name a module which no other of them uses: the rest of the body can name it."""
     needed: set[Value] = set()
@@ -178,15 +192,13 @@ def _without_idle_modules(ahead: list[Op], scope: Mapping[Value, Abstract]) -> I
     return reversed(kept)
 
 
-def _touches(op: Op, of_model: set[str], scope: Mapping[Value, Abstract]) -> bool:
+def _touches(op: Op, of_model: set[str]) -> bool:
     """Whether an op reads or writes the model, or uses what such an op made."""
     if isinstance(op, (ops.Read, ops.Write, ops.Skip, ops.Save, ops.Stop, *ops.TERMINATORS)):
         return True
     if isinstance(op, (ops.Attribute, ops.SetAttribute)) and op.name in SITES:
         return True
-    return any(value.name in of_model for value in used(op)) or any(
-        value in scope and scope[value].live for value in defined(op)
-    )
+    return any(value.name in of_model for value in used(op))
 
 
 def _acts(op: Op, forward: ops.Forward) -> bool:
