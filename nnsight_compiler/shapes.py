@@ -1,4 +1,4 @@
-"""The shapes of a model's sites for the pass `infer`: found once for each model and kind of input."""
+"""The shapes of a model's sites for the pass `infer`: found once for each module and kind of input."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _axes(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axes:
     key = structure, tuple(_signature(inputs, place, leaf) for place, leaf in places(args, kwargs))
     sized = key, inputs.sizes(args, kwargs)
     with _lock:
-        held = _found.setdefault(model._root, {})
+        held = _found.setdefault(module, {})
         found = held.get(key) or held.get(sized)
         if found is None:
             found = infer_axes(module, args, kwargs, inputs)
