@@ -19,7 +19,7 @@ demo: .venv/installed-demo
 	@$(BIN)/nnsightc demo
 
 test: .venv/installed-test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/installed-check
 	@$(BIN)/ruff check .

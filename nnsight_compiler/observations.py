@@ -1,4 +1,4 @@
-"""What was found out about a wrapped model, kept as long as the model lives."""
+"""What was found out about a module, kept as long as the module lives, however often it is wrapped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def axes_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
     kind = tuple((place, _kind(leaf, place, inputs)) for place, leaf in places(args, kwargs))
     key = (tuple(map(id, module.modules())), module.training, kind)
     with _lock:
-        held = _axes.setdefault(model._root, {})
+        held = _axes.setdefault(module, {})
         found = held.get((key, rows, tokens)) or held.get(key)
         if found is None or not _holds(found, rows, tokens):
             found = infer_axes(module, args, kwargs, inputs)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 
 from nnsight_compiler.frontend import lower_source
 from nnsight_compiler.ir.parser import parse_program
@@ -158,7 +159,7 @@ def _outcome(function: Any, *args: Any) -> Any:
         return "raised", kind.__name__, logged
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(25)
 @given(programs())
 def test_random_program_means_what_python_means(interpret: Any, text: str) -> None:
     namespace: dict[str, Any] = dict(NAMESPACE)

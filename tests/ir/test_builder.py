@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, SearchStrategy
+from random_examples import examples
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.builder import Builder
@@ -121,7 +122,7 @@ def test_renaming_keeps_what_comes_from_outside() -> None:
     )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(30)
 @given(data=st.data())
 def test_a_renamed_copy_can_stand_beside_the_original(programs: SearchStrategy[Program], data: DataObject) -> None:
     program = data.draw(programs)

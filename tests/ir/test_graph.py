@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import networkx as nx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, SearchStrategy
+from random_examples import examples
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.graph import declared_effects, edges_of, program_graph
@@ -101,7 +102,7 @@ def test_edges_of_keeps_kinds_and_all_nodes() -> None:
     assert set(data) == set(graph)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(30)
 @given(data=st.data())
 def test_edges_go_forward_and_conflicts_are_ordered(programs: SearchStrategy[Program], data: DataObject) -> None:
     program = data.draw(programs)

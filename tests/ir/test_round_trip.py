@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, SearchStrategy
+from random_examples import examples
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import IRError
@@ -22,7 +23,6 @@ from nnsight_compiler.ir.syntax import FORMS
 from nnsight_compiler.ir.verifier import verify
 
 Programs = SearchStrategy[Program]
-slow = settings(deadline=None, suppress_health_check=list(HealthCheck))
 data = st.data()
 
 
@@ -30,7 +30,7 @@ def places(program: Program) -> list[tuple[str, int]]:
     return [(program.span.file, program.span.line), *((op.span.file, op.span.line) for op in program.walk())]
 
 
-@settings(slow, max_examples=150)
+@examples(60)
 @given(data=data)
 def test_text_and_json_give_the_program_back(programs: Programs, data: DataObject) -> None:
     program = data.draw(programs)
@@ -53,7 +53,7 @@ def test_the_strategy_makes_every_op_in_every_form(programs: Programs) -> None:
     seen: set[type] = set()
     forms: set[str] = set()
 
-    @settings(slow, max_examples=150, derandomize=True, database=None)
+    @examples(150)
     @given(program=programs)
     def collect(program: Program) -> None:
         for op in program.walk():
@@ -74,7 +74,7 @@ def test_every_op_has_a_form() -> None:
     assert len({form.keyword for form in FORMS}) == len(FORMS)
 
 
-@settings(slow, max_examples=150)
+@examples(60)
 @given(data=data)
 def test_damaged_text_is_refused_or_still_a_program(programs: Programs, data: DataObject) -> None:
     text = print_program(data.draw(programs))
@@ -111,7 +111,7 @@ junk = st.one_of(
 )
 
 
-@settings(slow, max_examples=200)
+@examples(80)
 @given(data=data)
 def test_damaged_json_is_refused_or_still_a_program(programs: Programs, data: DataObject) -> None:
     stored: Any = copy.deepcopy(to_json(data.draw(programs)))

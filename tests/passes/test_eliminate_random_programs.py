@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.builder import Builder
@@ -280,7 +281,7 @@ def program_of(seed: int) -> Program:
     return program
 
 
-@settings(max_examples=300, deadline=None)
+@examples(120)
 @given(st.integers(0, 10**9), st.booleans())
 def test_passes_change_nothing_that_can_be_seen(seed: int, flag: bool) -> None:
     program = program_of(seed)
@@ -291,7 +292,7 @@ def test_passes_change_nothing_that_can_be_seen(seed: int, flag: bool) -> None:
         assert Interpreter(flag).run(program).outcome() == expected, f"{apply.__name__} changed\n{program}"
 
 
-@settings(max_examples=150, deadline=None)
+@examples(60)
 @given(st.integers(0, 10**9), st.booleans())
 def test_memory_claims_every_write_and_every_alias(seed: int, flag: bool) -> None:
     program = program_of(seed)

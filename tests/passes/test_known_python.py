@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 
 from nnsight_compiler.passes.known_calls import Behaviour, callable_of, known_method, known_target
 from nnsight_compiler.passes.known_methods import TYPES, python_methods
@@ -228,7 +229,7 @@ PURE = [row.target for row in python_rows().values() if row.target.startswith(("
 
 
 @given(st.sampled_from(PURE), st.lists(ITEMS, min_size=1, max_size=3))
-@settings(max_examples=200, deadline=None, database=None)
+@examples(200)
 def test_rows_keep_what_they_claim_on_any_arguments(broken_claim: Broken, target: str, arguments: list[Any]) -> None:
     try:
         complaint = broken_claim(known_target(target), arguments)

@@ -9,8 +9,9 @@ import operator
 from random import Random
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 
 from nnsight_compiler.ir.ops import (
     Argument,
@@ -344,7 +345,7 @@ def outcome(function: Any, x: int, y: int) -> Any:
         return repr(error), happened
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(60)
 @given(st.randoms(use_true_random=False))
 def test_generated_python_does_what_the_ops_say(random: Random) -> None:
     program = Maker(random).program()

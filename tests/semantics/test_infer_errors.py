@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 from torch import nn
 
 from nnsight_compiler import CompileError, LanguageModel, NNsight, intervene
@@ -271,7 +272,7 @@ WRAPPED = NNsight(NET)
 SIZES = [(2, 3), (5, 4), (6, 6), (1, 1)]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(40)
 @given(lines=programs(), size=st.sampled_from(SIZES), rows=st.sampled_from([1, 2, 5, 6]))
 def test_types_are_those_of_the_run_and_no_valid_program_is_refused(lines, size, rows) -> None:
     names = ", ".join(line.partition(" ")[0] for line in lines)

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 from torch import nn
 
 from nnsight_compiler import CompileError, NNsight, intervene, save
@@ -439,7 +440,7 @@ def compare(text: str, net: Net) -> None:
         assert torch.allclose(value, other, atol=1e-5), f"value {number} differs:\n{value}\n{other}\nin\n{text}"
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(50)
 @given(text=programs())
 def test_random_experiments(net: Net, text: str) -> None:
     compare(text, net)
