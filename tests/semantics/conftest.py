@@ -95,13 +95,13 @@ def plain_gpt2() -> GPT2LMHeadModel:
     return gpt2(4)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model(plain_gpt2) -> LanguageModel:
     """A random GPT-2 of four layers, wrapped; the oracle uses the plain one."""
     return LanguageModel(plain_gpt2)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama"], scope="session")
 def either(request: pytest.FixtureRequest) -> tuple[Any, nn.Module, str]:
     """A wrapped model, the plain module, and the path of its layers."""
     if request.param == "gpt2":
