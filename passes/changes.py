@@ -34,11 +34,9 @@ class Changes:
 
     def covers(self, other: Changes) -> bool:
         """Whether everything that the other says is said here."""
-        return (
-            (self.anything or not other.anything)
-            and self.names >= other.names
-            and self.objects.keys() >= other.objects.keys()
-        )
+        if not self.names >= other.names:
+            return False
+        return self.anything or (not other.anything and self.objects.keys() >= other.objects.keys())
 
     def of(self, held: Any) -> bool:
         """Whether an object may have changed."""

@@ -34,6 +34,8 @@ class Decisions:
     outlines: dict[int, Outline] = field(default_factory=dict)
 
     def add(self, other: Decisions) -> None:
+        """Takes these decisions too. One of them is new, or the interpretation would start again for ever."""
+        known = self._count()
         self.unroll |= other.unroll
         self.fold |= other.fold
         self.roll |= other.roll
@@ -41,6 +43,10 @@ class Decisions:
         self.whole |= other.whole
         self.changes.update(other.changes)
         self.ahead.update(other.ahead)
+        assert self._count() > known or other.changes, "the interpretation starts again with a new decision"
+
+    def _count(self) -> int:
+        return sum(map(len, (self.unroll, self.fold, self.roll, self.stages, self.whole, self.ahead)))
 
 
 class Undecided(Exception):  # noqa: N818  # control flow, not an error

@@ -313,7 +313,10 @@ class Interpretation:
         known = self.changes.copy()
         yield
         if self.reliances > relied and not known.covers(self.changes):
-            raise Undecided(changes={id(loop): self.changes.copy()})
+            found = self.changes.copy()
+            # What the interpretation itself makes is another object each time: once is enough to tell objects apart.
+            found.anything |= id(loop) in self.decisions.changes
+            raise Undecided(changes={id(loop): found})
 
     # --- regions and cells ---
 
