@@ -295,6 +295,8 @@ class Interpretation:
         if value.live or isinstance(value.fact, Elements):
             return
         if isinstance(value.fact, Known):
+            if immutable(value.fact.value):  # `n -= 1` makes another number
+                return
             self.changes.objects[id(value.fact.value)] = value.fact.value
         elif not isinstance(value.operand, Value) or value.operand.name not in self.fresh:
             self.disturb()

@@ -357,3 +357,23 @@ def test_what_a_later_round_changes_is_not_relied_on_in_the_first() -> None:
     found = run(text, s=State())
     assert "stage 'which module this is'" in print_program(found.program)
     assert not found.program.given
+
+
+def test_a_number_that_a_round_counts_down_changes_nothing_else() -> None:
+    found = run(
+        """
+        experiment f(%model, %x, %scale)
+          for %n in (1, 2)
+            %half = %scale * 0.5
+            %less = %half -= 1
+            %k = global LAYER
+            forward %0 = trace %model(%x)
+              %1 = attr %model.h
+              %2 = item %1[%k]
+              %h = read %2 output
+            continue
+          return None
+        """,
+        scale=3.0,
+    )
+    assert found.program.given == ("LAYER=1",)
