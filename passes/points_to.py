@@ -40,7 +40,6 @@ class _Place:
     """Where an op stands, and where the terminators around it lead."""
 
     forward: str = ""
-    rows: str = ""
     closure: str = ""
     yields: tuple[tuple[Value | None, ...], ...] = ()
     continues: tuple[tuple[Value | None, ...], ...] = ()
@@ -66,7 +65,7 @@ class PointsTo:
         self._roots: dict[str, set[Root]] = {}
         self._returned: dict[Root, set[Root]] = {}
         # One op object may stand at several places: what loops unroll to shares what did not change.
-        self._places: dict[int, set[tuple[str, str]]] = {}
+        self._places: dict[int, set[str]] = {}
         self._changed = True
         for parameter in program.parameters:
             self._roots[parameter.value.name] = {Outside(parameter.value.name)}
@@ -198,11 +197,12 @@ class PointsTo:
         """The sites that an op of this program reads or writes: one, unless it stands at several places."""
         path = op.module.path if isinstance(op.module, Module) else str(op.module)
         port = "output" if isinstance(op, ops.Skip) else op.port
-        return frozenset(Site(path, port, op.call, forward, rows) for forward, rows in self._places[id(op)])
+        rows = op.rows.name if isinstance(op.rows, Value) else ""
+        return frozenset(Site(path, port, op.call, forward, rows) for forward in self._places[id(op)])
 
     def _block(self, region: Region, place: _Place) -> None:
         for op in region.ops:
-            self._places.setdefault(id(op), set()).add((place.forward, place.rows))
+            self._places.setdefault(id(op), set()).add(place.forward)
             self._visit(cast(AnyOp, op), place)
 
     def _assign(
@@ -269,7 +269,7 @@ class PointsTo:
                 for parameter, default in zip(optional, defaults, strict=False):
                     self._add(parameter, self.roots(default))
                 self._hold(own, NOTHING.union(*map(self.roots, _captured(body))))
-                self._block(body, _Place(place.forward, place.rows, result.name))
+                self._block(body, _Place(place.forward, result.name))
             case ops.Stage(result=result):
                 self._add(result, {Outside(result.name)})
             case ops.If(results=results, then=then, orelse=orelse):
@@ -316,12 +316,12 @@ class PointsTo:
                 self.models[result.name] = next((value.name for value in values_in(model)), "")
                 for argument in () if self.copies else arguments:
                     self._enter(result.name, self.reachable(argument.value))
-                self._block(body, replace(place, forward=result.name, rows=""))
+                self._block(body, replace(place, forward=result.name))
             case ops.Invoke(result=result, arguments=arguments, body=body):
                 self._add(result, {Fresh(result.name)})
                 for argument in arguments:
                     self._enter(place.forward, self.reachable(argument.value))
-                self._block(body, replace(place, rows=result.name))
+                self._block(body, place)
             case ops.Steps(body=body):
                 self._block(body, replace(place, yields=()))
             case ops.Read(result=result):

@@ -392,6 +392,7 @@ _HOLES: dict[str, Callable[[Cursor], Any]] = {
     "operands": lambda cursor: cursor.listed(cursor.operand, ":"),
     "owner": Cursor.operand,
     "parts": lambda cursor: cursor.listed(cursor.part, ":"),
+    "rows": lambda cursor: cursor.operand() if cursor.accept("of") else None,
     "relative": Cursor.relative,
     "signature": Cursor.signature,
     "text": Cursor.text,

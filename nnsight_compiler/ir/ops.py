@@ -497,25 +497,29 @@ class Steps(Op):
 @dataclass(frozen=True, slots=True)
 class Read(Op):
     """The live value at a site: what `module` returned (`output`), its first argument (`input`), or all its arguments
-    (`inputs`: a tuple and a dict), at its call number `call` (`None`: it is called once)."""
+    (`inputs`: a tuple and a dict), at its call number `call` (`None`: it is called once). `rows` is the result of the
+    `invoke` whose rows are meant; `None` means all rows."""
 
     effects = Effect.READS | Effect.MODEL
     result: Value
     module: Operand
     port: Port
     call: int | None = None
+    rows: Operand | None = None
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Write(Op):
-    """Replaces the value at a site; a scalar replaces every element of a tensor."""
+    """Replaces the value at a site, in the rows of an `invoke` where `rows` names one; a scalar replaces every element
+    of a tensor."""
 
     effects = Effect.WRITES | Effect.MODEL
     module: Operand
     port: Port
     value: Operand
     call: int | None = None
+    rows: Operand | None = None
 
 
 @final
@@ -527,6 +531,7 @@ class Skip(Op):
     module: Operand
     value: Operand
     call: int | None = None
+    rows: Operand | None = None
 
 
 @final

@@ -285,6 +285,7 @@ _HOLES: dict[str, Callable[..., str]] = {
     "operands": lambda operands: f" {_joined(map(print_operand, operands))}".rstrip(),
     "owner": lambda operand: print_operand(operand) + (" " if isinstance(operand, Module) else ""),
     "parts": lambda parts: f" {_joined(map(_part, parts))}".rstrip(),
+    "rows": lambda rows: "" if rows is None else f" of {print_operand(rows)}",
     "relative": lambda level, module: "." * level + (spell_text(module) if module else ""),
     "signature": _signature,
     "text": spell_text,

@@ -287,6 +287,8 @@ class Maker:
             return self.flag()
         if hint == int | None:
             return self.pick((None, 0, 2, -1))
+        if hint == Operand | None:
+            return self.pick((None, self.operand()))
         assert get_args(hint)[0] is Argument, hint
         return self.arguments()
 
