@@ -119,9 +119,9 @@ def test_rows_of_two_invokes_are_apart() -> None:
         experiment e(%model)
           forward %f = trace %model()
             invoke %i0 = %f("a")
-              %a = read %model@h output
+              %a = read %model@h output of %i0
             invoke %i1 = %f("b")
-              %b = read %model@h output
+              %b = read %model@h output of %i1
             %c = read %model@h output
           return None
         """
