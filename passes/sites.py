@@ -16,6 +16,7 @@ from nnsight_compiler.ir.traverse import regions, used, walk
 from nnsight_compiler.ir.values import Module
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.memory import Memory, Root, Site, Weight
+from nnsight_compiler.passes.roots import is_outside
 
 EventPort = OneOf["output", "input"]
 
@@ -149,8 +150,12 @@ def _written_weights(program: Program, memory: Memory) -> Iterator[Diagnostic]:
 
 def _written_inputs(forward: ops.Forward, body: list[Op], memory: Memory) -> Iterator[Diagnostic]:
     """In-place writes to what a forward was given, in its own body. What may be something else is no mistake: the model
-    sees what it was given as it was at the `with`."""
-    given = {root for argument in forward.arguments for root in memory.roots(argument.value)}
+    sees what it was given as it was at the `with`. So what came from outside is not taken for a value of the program's
+    which a host call may have put there."""
+    given: set[Root] = set()
+    for argument in forward.arguments:
+        roots = memory.roots(argument.value)
+        given |= {root for root in roots if is_outside(root)} or roots
     for op in body:
         changed = targets(op, memory) if in_place(op, memory) else frozenset()
         if changed and changed <= given:
