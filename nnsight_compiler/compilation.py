@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, final
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, joined
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.models.residual import stream_of
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
@@ -28,6 +30,7 @@ from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
+from nnsight_compiler.passes.streams import Stream
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
 from nnsight_compiler.runtime.support import UNBOUND
@@ -136,7 +139,8 @@ def lower_program(
 ) -> Specialised:
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
-    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND)
+    streams = partial(_stream, checked=checker is not None)
+    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, streams)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 
@@ -214,7 +218,18 @@ _observations: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionar
 _lock = threading.Lock()
 
 
-def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Order:
+def _stream(module: Any, name: str, inputs: Inputs | None, checked: bool) -> Stream:
+    """Where a value of a block's residual stream stands in a forward on these inputs."""
+    try:
+        seen = observed(module._root, inputs)
+    except Exception:  # whatever the model's code raises; a check tells it where it asks for the order of the sites
+        if not checked:
+            raise
+        seen = registered(module._root._module)
+    return stream_of(module, name, seen)
+
+
+def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Observation:
     """The order in which a model runs its modules: observed once for each kind of input.
 
     Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one

@@ -36,6 +36,7 @@ from nnsight_compiler.passes.facts import (
     python_module,
 )
 from nnsight_compiler.passes.items import Items
+from nnsight_compiler.passes.streams import STREAM, read_stream, write_stream
 
 if TYPE_CHECKING:
     from nnsight_compiler.passes.interpretation import Interpretation
@@ -154,7 +155,13 @@ class Evaluator(Items):
                 self.specialiser.fail(
                     op.span, "`.calls` needs the number of the call", f"write `.calls[0].{name}` for the first"
                 )
+            case SiteCalls() if name in STREAM:
+                return read_stream(self, op, base, name)
             case SiteCalls():
+                if name not in PORTS:
+                    self.specialiser.fail(
+                        op.span, f"a call of a module has no `{name}`", f"it has {', '.join((*PORTS, *STREAM))}"
+                    )
                 return self._read(op, base, name)
             case Tracer(forward=forward):
                 return self._of_tracer(op, base, forward, name)
@@ -222,6 +229,8 @@ class Evaluator(Items):
         handle = module.handle
         if name in PORTS:
             return self._read(op, base, name)
+        if name in STREAM:
+            return read_stream(self, op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
         if name in ("skip", "source"):
@@ -279,6 +288,9 @@ class Evaluator(Items):
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
                 module, call = self.specialiser.site(base, op.span)
                 self.specialiser.emit(ops.Write(module, _port(name), self.specialiser.use(value), call, span=span))
+                return
+            case SiteModule() | SiteCalls(call=int()) if name in STREAM:
+                write_stream(self, op, base, name, value)
                 return
             case SiteModule(handle=handle):
                 self.specialiser.fail(

@@ -38,6 +38,7 @@ from nnsight_compiler.passes.facts import (
     immutable,
 )
 from nnsight_compiler.passes.inline import Unreachable
+from nnsight_compiler.passes.streams import Streams, no_streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Subject:
     lower: gives the IR of a helper function.
     save: the function that users import as `save`.
     unbound: what an empty cell holds.
+    streams: says at which site a value of a block's residual stream stands.
     """
 
     arguments: Mapping[str, Any]
@@ -56,6 +58,7 @@ class Subject:
     lower: Callable[[FunctionType], Program]
     save: Callable[..., Any]
     unbound: object = None
+    streams: Streams = no_streams
 
 
 class AccessInClosure(Exception):  # noqa: N818  # control flow, not an error

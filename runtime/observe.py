@@ -55,6 +55,7 @@ class Observation:
         first argument.
     shape: for each event at which a tensor stood, its dtype and shape.
     mutated_later: the events at which a tensor stood that the model wrote to in place afterwards.
+    since: for each event at which a tensor stood (of a tuple, its first), when that same tensor stood anywhere first.
     """
 
     events: tuple[Event, ...]
@@ -64,6 +65,7 @@ class Observation:
     kind: Mapping[Event, Kind] = field(default_factory=dict)
     shape: Mapping[Event, TensorType | None] = field(default_factory=dict)
     mutated_later: frozenset[Event] = frozenset()
+    since: Mapping[Event, int] = field(default_factory=dict)
     _times: dict[Event, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +123,8 @@ class _Recorder:
         self.shape: dict[Event, TensorType | None] = {}
         self.versions: list[tuple[Event, torch.Tensor, int]] = []
         self.open: dict[str, list[int]] = {}
+        self.first: dict[int, int] = {}
+        self.since: dict[Event, int] = {}
         for path, part in shadow.named_modules():
             part.register_forward_pre_hook(self._on_input(path), with_kwargs=True)
             part.register_forward_hook(self._on_output(path))
@@ -145,11 +149,19 @@ class _Recorder:
         self.events.append(event)
         self.kind[event] = _kind(value)
         self.shape[event] = _type(value) if isinstance(value, torch.Tensor) else None
-        self.versions += [(event, tensor, tensor._version) for tensor in tensors_in(reachable)]
+        held = list(tensors_in(reachable))
+        for tensor in held:
+            self.first.setdefault(id(tensor), len(self.events) - 1)
+        self.versions += [(event, tensor, tensor._version) for tensor in held]
+        leading = value[0] if isinstance(value, (tuple, list)) and value else value
+        if isinstance(leading, torch.Tensor):
+            self.since[event] = self.first[id(leading)]
 
     def observation(self, how: OneOf["fake", "real"], reason: str) -> Observation:
         mutated = frozenset(event for event, tensor, version in self.versions if tensor._version != version)
-        return Observation(tuple(self.events), dict(self.calls), how, reason, self.kind, self.shape, mutated)
+        return Observation(
+            tuple(self.events), dict(self.calls), how, reason, self.kind, self.shape, mutated, self.since
+        )
 
 
 def _kind(value: object) -> Kind:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.models.aliases import Rename
 from nnsight_compiler.models.checkpoint import Checkpoint, locate
 from nnsight_compiler.models.nnsight import NNsight
 from nnsight_compiler.models.prompts import PromptError, encode
@@ -45,6 +46,7 @@ class LanguageModel(NNsight):
         source: a repository of the hub, a local folder, a GGUF file, `"tiny"` for the model that comes with this
             package, or a transformers model in memory (wrapped as it is).
         tokenizer: the tokenizer, where the one beside the weights is not the one meant. Never changed.
+        rename: names of one's own for modules, as for `NNsight`.
         dtype, device_map, options: as in `from_pretrained` of transformers.
     """
 
@@ -60,19 +62,20 @@ class LanguageModel(NNsight):
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         dispatch: bool = False,
+        rename: Rename | None = None,
         **options: Any,
     ) -> None:
         if device_map is not None:
             options["device_map"] = device_map
         if isinstance(source, str | Path):
             checkpoint = locate(source, dtype, options)
-            super().__init__(checkpoint.empty())
+            super().__init__(checkpoint.empty(), rename)
             self._checkpoint, self._loaded = checkpoint, False
         else:
             if dtype is not None or options:
                 given = ", ".join(["dtype"] * (dtype is not None) + list(options))
                 raise ModelError(f"{given}: options for loading, given with a model that is loaded already")
-            super().__init__(source)
+            super().__init__(source, rename)
             self._checkpoint, self._loaded = None, True
         self._given_tokenizer, self._lock = tokenizer, RLock()
         if dispatch:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.models.aliases import Aliases, Rename, bind
 from nnsight_compiler.models.view import ModuleView, describe
 
 if TYPE_CHECKING:
@@ -40,13 +41,16 @@ class TraceArgumentError(ModelError, TypeError):
 class NNsight(ModuleView):
     """Any `nn.Module`, wrapped. Submodules, weights and attributes are reached as on the module itself.
 
+    `rename` gives modules names of one's own: `{"transformer.h": "layers", "mlp": "ff"}` (see `models.aliases`).
+
     Subclasses say how inputs are prepared (`_prepare`) and when weights are loaded (`_ready`).
     """
 
     _wrapped: nn.Module
     _token: int
+    _aliases: Aliases
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, rename: Rename | None = None) -> None:
         if isinstance(module, ModuleView):
             raise ModelError(f"{describe(module)} is wrapped already; wrap a torch module")
         if not isinstance(module, nn.Module):
@@ -54,6 +58,7 @@ class NNsight(ModuleView):
         super().__init__(self, "")
         self._wrapped = module
         self._token = next(_tokens)
+        self._aliases = bind(module, rename or {}, type(self))
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
