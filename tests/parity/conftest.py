@@ -23,15 +23,17 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Outcome]:
-    """`theirs(folder, "file.program")`: what came of a program under nnsight. The first call runs its whole folder."""
+    """`theirs(files, "file.program")`: what came of a program under nnsight. The first call runs all that the files, or
+    the folder, hold."""
     if importlib.util.find_spec("nnsight") is None:
         pytest.skip("nnsight is not installed: pip install nnsight==0.8.1")
     known: dict[Path, dict[str, Outcome]] = {}
 
     def outcome(folder: Path, program: str) -> Outcome:
         if folder not in known:
+            files = [folder] if folder.is_file() else sorted(folder.glob("*.py"))
             out = tmp_path_factory.mktemp("theirs") / "outcomes"
-            command = [sys.executable, "-W", "ignore", HERE / "running.py", *sorted(folder.glob("*.py")), "--out", out]
+            command = [sys.executable, "-W", "ignore", HERE / "running.py", *files, "--out", out]
             done = subprocess.run(
                 [str(part) for part in command],
                 capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -104,33 +104,57 @@ class Reader(nn.Module):
         return self.head(states)
 
 
+class Table(nn.Module):
+    """A constant of two rows and three columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.arange(6.0).reshape(2, 3))
+
+    def forward(self, scale: float) -> torch.Tensor:
+        return self.values * scale
+
+
+class Tabled(LlamaForCausalLM):
+    """A language model that looks into a table of its own, whatever its input."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.table = Table()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
+        found = super().forward(input_ids, attention_mask=attention_mask, **options)
+        found.logits = found.logits + self.table(0.5).sum()
+        return found
+
+
+LLAMA = {
+    "num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1007, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+MODULES = {
+    "model": lambda: AutoModelForCausalLM.from_pretrained(TINY),
+    "eager": lambda: AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="eager"),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
+    "tabled": lambda: Tabled(LlamaConfig(**LLAMA)),
+    "net": Net,
+    "mixed": Mixed,
+    "picture": Picture,
+    "reader": Reader,
+}
+"""How the torch module of each subject is made."""
+
+RENAMES = {"renamed": {"transformer.h": "blocks", "mlp": "ff"}, "misnamed": {"transformer.hh": "blocks"}}
+"""Subjects that are the model with names of the user's."""
+
+
 @functools.cache
 def plain(name: str) -> nn.Module:
     """The torch module of a subject, which nobody wraps: it is copied first."""
     torch.manual_seed(7)
-    match name:
-        case "model" | "renamed":
-            module: nn.Module = AutoModelForCausalLM.from_pretrained(TINY)
-        case "eager":
-            module = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="eager")
-        case "llama":
-            module = LlamaForCausalLM(
-                LlamaConfig(
-                    num_hidden_layers=3, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-                    num_key_value_heads=2, vocab_size=1007, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-                    pad_token_id=0,
-                )
-            )  # fmt: skip
-        case "net":
-            module = Net()
-        case "mixed":
-            module = Mixed()
-        case "picture":
-            module = Picture()
-        case "reader":
-            module = Reader()
-        case _:
-            raise LookupError(f"no subject is called {name}")
+    module: nn.Module = MODULES["model" if name in RENAMES else name]()
     return module.eval()
 
 
@@ -150,7 +174,7 @@ def wrapped(name: str, library: ModuleType) -> Any:
 def _wrapped(name: str, library: ModuleType) -> Any:
     module = copy.deepcopy(plain(name))
     if isinstance(module, GPT2LMHeadModel | LlamaForCausalLM):
-        options = {"rename": {"transformer.h": "blocks", "mlp": "ff"}} if name == "renamed" else {}
+        options = {"rename": RENAMES[name]} if name in RENAMES else {}
         return library.LanguageModel(module, tokenizer=tokenizer(), **options)
     return library.NNsight(module)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from awaited import AWAITED
+from awaited import mark
 from running import Outcome, names, parameters, run
 
 import nnsight_compiler
@@ -25,8 +25,7 @@ def cases() -> list[Any]:
         for name in names(file):
             for form in ("blocks", "experiment"):
                 key = f"{file.stem}.{name}"
-                reason = next((AWAITED[each] for each in (f"{key}.{form}", key, file.stem) if each in AWAITED), None)
-                marks = [] if reason is None else [pytest.mark.xfail(strict=True, reason=reason)]
+                marks = mark(f"{key}.{form}", key, file.stem)
                 found.append(pytest.param(file, name, form, id=f"{key}-{form}", marks=marks))
     return found
 
