@@ -49,6 +49,8 @@ FOLDED = {
 """Pure functions that are evaluated where every argument is a known number, string, range or tuple."""
 SAME = {"tqdm", "trange"}
 POSITION = "nnsight_compiler.models.language.LanguageModel.position"
+BARRIER = "barrier()"
+"""The name of the method that the result of `tracer.barrier(…)` stands for; no attribute has such a name."""
 Kind = OneOf["enumerate", "zip", "reversed", "same"]
 VIEWS: dict[str, OneOf["keys", "values", "items"]] = {"keys": "keys", "values": "values", "items": "items"}
 KINDS: dict[Any, Kind] = {enumerate: "enumerate", zip: "zip", reversed: "reversed"}
@@ -253,9 +255,13 @@ class Calls(Inlining):
             case SiteModule():
                 return self._of_module(op, receiver, name, arguments)
             case Tracer() if name == "barrier":
+                return Abstract(None, Method(receiver, BARRIER), span=op.span)
+            case Tracer() if name == BARRIER:
                 return Abstract(NONE, Known(None))
             case Tracer() if name == "position":
                 return self._position(op, arguments)
+            case Tracer() if name == "invoke":
+                fail(op.span, "`.invoke(…)` without `with` runs nothing", "write `with tracer.invoke(…):`")
             case Tracer() if name == "stop":
                 fail(
                     op.span,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -14,10 +15,12 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models.aliases import Rename
+from nnsight_compiler.models.batches import padded
 from nnsight_compiler.models.checkpoint import Checkpoint, locate
 from nnsight_compiler.models.nnsight import NNsight
 from nnsight_compiler.models.positions import Position, PositionError, find, of_ids, of_text
 from nnsight_compiler.models.prompts import PromptError, encode
+from nnsight_compiler.passes.rows import Batch
 
 _withheld: ContextVar[bool] = ContextVar("withheld", default=False)
 
@@ -147,6 +150,17 @@ class LanguageModel(NNsight):
         if device is not None:
             kwargs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
         return (), kwargs
+
+    def _batch(self, given: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], options: Mapping[str, Any]) -> Batch:
+        plain = {name: value for name, value in options.items() if name != "grad"}
+        prepared = [self._prepare(*each)[1] for each in given]
+        if not all({"input_ids", "inputs_embeds"} & each.keys() for each in prepared):
+            raise PromptError("each invoke is given a prompt: text, token ids, or embeddings as `inputs_embeds=`")
+        batch = padded(prepared, self._padding_id(), self._forward_parameters())
+        return replace(batch, kwargs={**plain, **batch.kwargs})
+
+    def _needs_input(self) -> bool:
+        return True
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._prepare((torch.zeros(1, 4, dtype=torch.long),), {})
