@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import CellType, CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, cast, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +27,7 @@ from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
+from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
@@ -40,6 +41,7 @@ PASSES = (
     "specialise",
     "infer",
     "check_sites",
+    "check_skips",
     "check_unused_values",
     "eliminate_dead_saves",
     "eliminate_common_subexpressions",
@@ -122,7 +124,7 @@ def compile_program(
         stages[op.result.name] = staged(op.program, frame.globals, frame.closure)
         return stages[op.result.name].run
 
-    made = plan(lowered.program, globals_, closure, stage)
+    made = plan(lowered.program, globals_, closure, stage, cast(Mapping[str, Observation], lowered.orders))
     return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure, stages)
 
 
@@ -170,6 +172,7 @@ def lower_program(
         specialised,
         inferred,
         lambda source: check_sites(source, order),
+        lambda source: check_skips(source, order),
         check_unused_values,
         dead,
         eliminate_common_subexpressions,
@@ -184,7 +187,7 @@ def lower_program(
         # A forward was left out since its model, in eval mode, computes the same whether or not it ran before.
         models = [guard.text for guard in guards if guard.kind == "model"]
         guards += tuple(Guard(f"{text}._module.training", "value", False) for text in models)
-    return replace(first, program=final_program, guards=guards)
+    return replace(first, program=final_program, guards=guards, orders=orders)
 
 
 # --- helpers, lowered once ---

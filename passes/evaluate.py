@@ -154,8 +154,16 @@ class Evaluator(Items):
                 self.specialiser.fail(
                     op.span, "`.calls` needs the number of the call", f"write `.calls[0].{name}` for the first"
                 )
-            case SiteCalls():
+            case SiteCalls() if name in PORTS:
                 return self._read(op, base, name)
+            case SiteCalls() if name == "skip":
+                return Abstract(None, Method(base, name), span=op.span)
+            case SiteCalls():
+                self.specialiser.fail(
+                    op.span,
+                    f"a call of a module has no `.{name}`",
+                    "a call has `.output`, `.input`, `.inputs` and `.skip(…)`",
+                )
             case Tracer(forward=forward):
                 return self._of_tracer(op, base, forward, name)
             case Known():
@@ -224,11 +232,13 @@ class Evaluator(Items):
             return self._read(op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
-        if name in ("skip", "source"):
+        if name == "skip":
+            return Abstract(None, Method(base, name), span=op.span)
+        if name == "source":
             self.specialiser.fail(
                 op.span,
                 f"`.{name}` of a module is not run by this version yet",
-                "assign the module's `.output`" if name == "skip" else "read the outputs of its submodules",
+                "read the outputs of its submodules",
             )
         raw = getattr(handle._module, name, None)
         span = self.specialiser.span(op)

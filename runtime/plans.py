@@ -12,7 +12,21 @@ from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any, final
 
-from nnsight_compiler.ir.ops import AnyOp, Argument, At, Op, Parameter, Read, Region, Save, SetItem, Stage, Write
+from nnsight_compiler.ir.ops import (
+    AnyOp,
+    Argument,
+    At,
+    Op,
+    Parameter,
+    Read,
+    Region,
+    Save,
+    SetItem,
+    Skip,
+    Stage,
+    Stop,
+    Write,
+)
 from nnsight_compiler.ir.ops import Forward as ForwardOp
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
@@ -23,7 +37,10 @@ from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.names import Names
+from nnsight_compiler.runtime.observe import Observation
+from nnsight_compiler.runtime.skipping import Left, Skipped
 from nnsight_compiler.runtime.statements import Statements
+from nnsight_compiler.runtime.stopping import Later, Stopped
 from nnsight_compiler.runtime.trees import load, locate
 
 
@@ -46,17 +63,23 @@ Stages = Callable[[Stage], Callable[..., Any]]
 """Gives the function that specialises the program of a stage to its arguments, and runs it."""
 
 
-def plan(program: Program, globals_: dict[str, Any], closure: Mapping[str, CellType] | None, stages: Stages) -> Plan:
-    """Generates the functions of a placed program."""
-    return _Generator(program, stages).plan(globals_, closure)
+def plan(
+    program: Program,
+    globals_: dict[str, Any],
+    closure: Mapping[str, CellType] | None,
+    stages: Stages,
+    seen: Mapping[str, Observation],
+) -> Plan:
+    """Generates the functions of a placed program. `seen`: how the model of each forward runs, by its result's name."""
+    return _Generator(program, stages, seen).plan(globals_, closure)
 
 
 class _Generator(Statements):
     """Generates the functions of one program: those at its sites first, then the one that runs the forwards."""
 
-    def __init__(self, program: Program, stages: Stages) -> None:
+    def __init__(self, program: Program, stages: Stages, seen: Mapping[str, Observation]) -> None:
         super().__init__(program, Names(program))
-        self.stages = stages
+        self.stages, self.seen = stages, seen
         self.value = self.names.temporary("value")
         self.state = self.names.temporary("state")
         self.crossing = _crossing(program)
@@ -73,9 +96,7 @@ class _Generator(Statements):
         functions = link(self, made, globals_, closure, program.span) if sites else []
         plans: dict[int, list[SitePlan]] = {id(op): [] for op in forwards}
         for (op, at, _), function in zip(sites, functions, strict=True):
-            plans[id(op)].append(
-                SitePlan(at.module.path, at.port, at.call, function, at.span, _counted_from_the_end(at))
-            )
+            plans[id(op)].append(self._site_plan(op, at, function))
         origins = Origins(program)
         for op in forwards:
             copies = any(map(origins.writes_tensors, walk(op.body)))
@@ -84,6 +105,19 @@ class _Generator(Statements):
         (run,) = link(self, [driver], globals_, closure, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
         return Plan(program, run, source, tuple(self.forwards.values()))
+
+    def _site_plan(self, op: ForwardOp, at: At, function: FunctionType) -> SitePlan:
+        path, call = at.module.path, at.call
+        left = Left.of(self.seen[op.result.name], path, call or 0) if at.port == "skip" else None
+        later: tuple[Later, ...] = ()
+        if any(isinstance(each, Stop) for each in walk(op.body)):
+            made = [(value, each.span) for each in walk(at.body) for value in defined(each)]
+            later = tuple(
+                Later(self.names[value], value.name.partition(".")[0], span)
+                for value, span in made
+                if value.name in self.crossing
+            )
+        return SitePlan(path, at.port, call, function, at.span, _counted_from_the_end(at), left, later)
 
     def _driver(self, has_state: bool) -> ast.FunctionDef:
         program = self.program
@@ -178,6 +212,13 @@ class _Generator(Statements):
                 arguments = [self._value(), self.operand(value, op.span), ast.Constant(str(op.span))]
                 made = ast.Call(func=setter, args=arguments, keywords=[])
                 return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
+            case Skip(value=value):
+                skipped = self.constant("Skipped", Skipped)
+                arguments = [self.operand(value, op.span), ast.Constant(str(op.span))]
+                made = ast.Call(func=skipped, args=arguments, keywords=[])
+                return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
+            case Stop():
+                return [ast.Assign(targets=[self._value(ast.Store())], value=self.constant("stop", Stopped(op.span)))]
             case Save(result=result, value=value):
                 kept = self.constant("keep", support.keep)
                 made = ast.Call(func=kept, args=[self.operand(value, op.span)], keywords=[])
@@ -255,9 +296,9 @@ def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]
 
 def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
     for op in region.ops:
-        if isinstance(op, (Read, Write)):
+        if isinstance(op, (Read, Write, Skip)):
             taken = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
-        elif isinstance(op, At):
+        elif isinstance(op, (At, Stop)):
             taken = []
         else:
             taken = list(used(op))
@@ -267,7 +308,7 @@ def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
             yield from _uses(inner, op if isinstance(op, At) else where)
 
 
-def _model(op: Write) -> Value | None:
+def _model(op: Write | Skip) -> Value | None:
     return op.module.model if isinstance(op.module, Module) else None
 
 
@@ -279,8 +320,8 @@ def _placed(op: ForwardOp) -> Iterator[At]:
 
 def _counted_from_the_end(at: At) -> int | None:
     """How often the module of a site must run for `.calls[-1]` and the like to mean this site."""
-    calls = (op.call for op in walk(at.body) if isinstance(op, (Read, Write)) and op.call is not None and op.call < 0)
-    return next(((at.call or 0) - call for call in calls), None)
+    calls = (op.call for op in walk(at.body) if isinstance(op, (Read, Write, Skip)))
+    return next(((at.call or 0) - call for call in calls if call is not None and call < 0), None)
 
 
 def _stops(op: ForwardOp) -> bool:
