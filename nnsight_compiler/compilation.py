@@ -138,9 +138,16 @@ def lower_program(
 ) -> Specialised:
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
-    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
+    sized = False  # whether calls were counted, so that the program rests on the sizes of its inputs
+
+    def ordered(model: Any, inputs: Inputs | None) -> Order:
+        nonlocal sized
+        sized = True
+        return observed(model, inputs, sized)
+
+    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, ordered)
 
     def specialised(source: Program) -> Program:
         result.append((specialise if checker is None else checker.specialise)(source, subject))
@@ -155,7 +162,7 @@ def lower_program(
     def order(forward: ops.Forward) -> Order:
         name = forward.result.name
         if name not in orders:
-            orders[name] = observed(*at(forward)) if checker is None else checker.order(forward, *at(forward))
+            orders[name] = observed(*at(forward), sized) if checker is None else checker.order(forward, *at(forward))
         return orders[name]
 
     def inferred(source: Program) -> Program:
@@ -217,8 +224,9 @@ _observations: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionar
 _lock = threading.Lock()
 
 
-def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Order:
-    """The order in which a model runs its modules: observed once for each kind of input.
+def observed(model: Any, inputs: Inputs | None, exact: bool = False) -> Order:
+    """The order in which a model runs its modules: observed once for each kind of input, and with `exact` for each size
+    of it. What was observed at a size serves all that follows.
 
     Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one
     on the model's own example, then the order in which its modules are registered; a run that goes otherwise is an
@@ -235,7 +243,9 @@ def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) 
     args, kwargs = model._prepare(inputs[0], kwargs)
     module = model._module
     structure = tuple(map(id, module.modules())), module.training
-    key = (structure, tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs))
+    key: Any = (structure, tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs))
+    if exact:
+        key = key, tuple(getattr(value, "shape", None) for value in (*args, *kwargs.values()))
     with _lock:
         held = _observations.setdefault(model._root, {})
         if key not in held:

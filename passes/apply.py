@@ -154,6 +154,8 @@ class Calls(Inlining):
                 text = f"{module.text}._root._module.get_submodule({handle._path!r})"
                 self.specialiser.guards.add(text, "length", len(handle))
                 return constant(len(handle))
+            case SiteCalls(module=module, call=None):
+                return constant(len(self.evaluator.each_call(module, op.span)))
             case Elements(items=list() as items):
                 return constant(len(items))
             case Known(value=held, text=text) if self.evaluator._countable(value):

@@ -58,7 +58,7 @@ class Schedule(Body):
                         [
                             Diagnostic(
                                 entry.op.span,
-                                f"{_spelled(entry.pin)} does not happen: the forward is stopped before it",
+                                f"the forward does not come to {_named(entry.pin)}: it is stopped before",
                                 "write it before `tracer.stop()`: the forward ends after all that precedes that line",
                                 ((stop.op.span, "the forward is stopped here"),),
                             )
@@ -123,6 +123,9 @@ class Schedule(Body):
 
 
 def _spelled(place: Place) -> str:
-    if place.port == "skip":
-        return f"whether `{place.path or 'the model'}` runs"
-    return f"the {place.port} of `{place.path or 'the model'}`"
+    return f"whether `{place.path or 'the model'}` runs" if place.port == "skip" else _named(place)
+
+
+def _named(place: Place) -> str:
+    port = "input" if place.port == "skip" else place.port
+    return f"the {port} of `{place.path or 'the model'}`"

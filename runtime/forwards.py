@@ -308,6 +308,8 @@ def _skip(
                 fired[other] += left.inner[each.path]
                 if other in starts:
                     starts[other].count += left.inner[each.path]
+            if each.port == "skip" and each.path == site.path:
+                fired[other] = number + 1  # another call of this module may be skipped too
         return left.output(found.value, args, kwargs, found.where)
 
     return replacement
