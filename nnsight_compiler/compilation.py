@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, final
@@ -26,9 +26,10 @@ from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.shapes import Surroundings
-from nnsight_compiler.passes.sites import Order, check_sites, forwards
+from nnsight_compiler.passes.sites import Order, check_sites, forwards, operations
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.runtime.observe import Observation, observe, registered
+from nnsight_compiler.runtime.operations import alike
 from nnsight_compiler.runtime.plans import Plan, plan
 from nnsight_compiler.runtime.support import UNBOUND
 from nnsight_compiler.shapes import Inputs, extent_of
@@ -150,15 +151,25 @@ def lower_program(
         name = forward.result.name
         return result[0].models[name], result[0].inputs[name]
 
+    def inside() -> frozenset[str]:
+        return operations(result[0].program.body)
+
     def order(forward: ops.Forward) -> Order:
         name = forward.result.name
         if name not in orders:
-            orders[name] = observed(*at(forward)) if checker is None else checker.order(forward, *at(forward))
+            model, inputs = at(forward)
+            orders[name] = (
+                observed(model, inputs, inside())
+                if checker is None
+                else checker.order(forward, model, inputs, inside())
+            )
         return orders[name]
 
     def inferred(source: Program) -> Program:
         try:
-            return infer(source, surroundings, lambda op: (extent_of if checker is None else checker.extent)(*at(op)))
+            return infer(
+                source, surroundings, lambda op: (extent_of if checker is None else checker.extent)(*at(op), inside())
+            )
         except CompileError as error:
             raise joined(error, lambda: check_sites(source, order)) from None
 
@@ -214,8 +225,11 @@ _observations: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionar
 _lock = threading.Lock()
 
 
-def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Order:
-    """The order in which a model runs its modules: observed once for each kind of input.
+def observed(
+    model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None, operations: Collection[str] = ()
+) -> Observation:
+    """The order in which a model runs its modules, and these operations inside of them: observed once for each kind of
+    input.
 
     Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one
     on the model's own example, then the order in which its modules are registered; a run that goes otherwise is an
@@ -223,7 +237,7 @@ def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) 
     """
     if inputs is None:
         known = _observations.get(model._root)
-        if known:
+        if known and not operations:
             return next(reversed(known.values()))
         inputs = model._example()
     if inputs is None:
@@ -232,21 +246,23 @@ def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) 
     args, kwargs = model._prepare(inputs[0], kwargs)
     module = model._module
     structure = tuple(map(id, module.modules())), module.training
-    key = (structure, tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs))
+    inside = alike(module, operations)
+    given = tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs)
+    key = (structure, *given, inside)
     with _lock:
         held = _observations.setdefault(model._root, {})
         if key not in held:
-            held[key] = _observe(model, args, kwargs)
+            held[key] = _observe(model, args, kwargs, inside)
         return held[key]
 
 
-def _observe(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
+def _observe(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inside: frozenset[str]) -> Observation:
     try:
-        return observe(model._module, args, kwargs)
+        return observe(model._module, args, kwargs, inside)
     except Exception:
         if not any(parameter.is_meta for parameter in model._module.parameters()):
             raise
-    return observe(model._ready(), args, kwargs)  # it looks at numbers, so it needs its weights
+    return observe(model._ready(), args, kwargs, inside)  # it looks at numbers, so it needs its weights
 
 
 def _signature(value: Any) -> Any:

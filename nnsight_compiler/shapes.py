@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -14,8 +15,9 @@ from nnsight_compiler.runtime.axes import Axes, AxisError
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def extent_of(model: Any, inputs: Inputs | None) -> Extent | None:
-    """The extent of a forward of a wrapped model on these arguments of `trace`; `None` where nothing can be told.
+def extent_of(model: Any, inputs: Inputs | None, operations: Collection[str] = ()) -> Extent | None:
+    """The extent of a forward of a wrapped model on these arguments of `trace`, with these operations inside of its
+    modules; `None` where nothing can be told.
 
     Where the arguments are known only when the forward runs, those of the model's own example say of what kind they
     are, and the numbers of rows and tokens stay open.
@@ -23,7 +25,8 @@ def extent_of(model: Any, inputs: Inputs | None) -> Extent | None:
     given = inputs if inputs is not None else model._example()
     if given is None:
         return None
-    axes, rows, tokens = axes_of(model, *given)
+    args, kwargs = given
+    axes, rows, tokens = axes_of(model, args, kwargs, operations)
     if axes.how == "none":
         return None
     varies = axes.inputs.names - axes.fixed.keys()

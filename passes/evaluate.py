@@ -36,6 +36,7 @@ from nnsight_compiler.passes.facts import (
     python_module,
 )
 from nnsight_compiler.passes.items import Items
+from nnsight_compiler.passes.sites import ATTENTION_VALUES
 
 if TYPE_CHECKING:
     from nnsight_compiler.passes.interpretation import Interpretation
@@ -155,7 +156,8 @@ class Evaluator(Items):
                     op.span, "`.calls` needs the number of the call", f"write `.calls[0].{name}` for the first"
                 )
             case SiteCalls():
-                return self._read(op, base, name)
+                value = self._attention(base, name, op.span)
+                return self._read(op, base, name) if value is None else self._read(op, value, "output")
             case Tracer(forward=forward):
                 return self._of_tracer(op, base, forward, name)
             case Known():
@@ -224,12 +226,13 @@ class Evaluator(Items):
             return self._read(op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
-        if name in ("skip", "source"):
+        if name == "skip":
             self.specialiser.fail(
-                op.span,
-                f"`.{name}` of a module is not run by this version yet",
-                "assign the module's `.output`" if name == "skip" else "read the outputs of its submodules",
+                op.span, "`.skip` of a module is not run by this version yet", "assign the module's `.output`"
             )
+        value = self._attention(base, name, op.span)
+        if value is not None:
+            return self._read(op, value, "output")
         raw = getattr(handle._module, name, None)
         span = self.specialiser.span(op)
         if isinstance(raw, torch.Tensor):
@@ -257,6 +260,21 @@ class Evaluator(Items):
         kept.fact = Known(found, own_text)
         return kept
 
+    def _attention(self, base: Abstract, name: str, span: Span) -> Abstract | None:
+        """What attention computes, where that is what a name on a module, or on one of its calls, means."""
+        module = base.fact.module if isinstance(base.fact, SiteCalls) else base.fact
+        if name not in ATTENTION_VALUES or not isinstance(module, SiteModule) or hasattr(module.handle._module, name):
+            return None
+        try:
+            found = module.handle._attention(name)
+        except AttributeError as error:
+            self.specialiser.fail(span, str(error), "`print(model)` shows the tree of its modules")
+        value = self._module_value(found, module, span)
+        if isinstance(base.fact, SiteCalls):
+            assert isinstance(value.fact, SiteModule)
+            value.fact = SiteCalls(value.fact, base.fact.call)
+        return value
+
     def _of_tracer(self, op: ops.Attribute | ops.Read, base: Abstract, forward: Value, name: str) -> Abstract:
         if name in ("result", "output") and self.specialiser.forward is not None:
             if self.specialiser.forward.result != forward:
@@ -275,6 +293,9 @@ class Evaluator(Items):
     def set_attribute(self, op: ops.SetAttribute | ops.Write, base: Abstract, name: str, value: Abstract) -> None:
         self.resolved(base)
         span = self.specialiser.span(op)
+        attention = self._attention(base, name, op.span)
+        if attention is not None:
+            base, name = attention, "output"
         match base.fact:
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
                 module, call = self.specialiser.site(base, op.span)

@@ -18,11 +18,13 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models.names import NoStandardModule, stands_for
+from nnsight_compiler.passes.sites import ATTENTION_VALUES
 
 if TYPE_CHECKING:
     from nnsight_compiler.models.nnsight import NNsight
+    from nnsight_compiler.models.source import OperationView, SourceView
 
-SITE_NAMES = ("output", "input", "inputs", "calls", "skip", "source")
+SITE_NAMES = ("output", "input", "inputs", "calls", "skip")
 """What a module has inside a trace only."""
 
 _INDEXED = (nn.ModuleList, nn.Sequential)
@@ -100,7 +102,29 @@ class ModuleView:
     def _child(self, name: str) -> ModuleView:
         return view_at(self._root, _join(self._path, name))
 
+    @property
+    def source(self) -> SourceView:
+        """The operations inside of its forward: to be printed, and inside a trace to be read and written."""
+        from nnsight_compiler.models.source import SourceView  # it is built on this module
+
+        return SourceView(self._root, self._path)
+
+    def _attention(self, name: str) -> OperationView:
+        """What attention computes here, by its name: `pattern`, `q`, …"""
+        from nnsight_compiler.models.attention import NoAttention, attention_below  # as above
+        from nnsight_compiler.models.source import OperationView
+
+        try:
+            below = attention_below(self._module, name)
+        except NoAttention as error:
+            raise UnknownModuleError(f"{describe(self)} has no `{name}`: {error}", name=name) from None
+        return OperationView(self._root, f"{canonical_path(self._root, _join(self._path, below))}:{name}")
+
     def _submodule(self, name: str) -> Any:
+        if ":" in name:
+            from nnsight_compiler.models.source import OperationView  # as above
+
+            return OperationView(self._root, _join(self._path, name))
         view: Any = self
         for part in name.split("."):
             module = view._module
@@ -203,6 +227,9 @@ def resolve(root: NNsight, path: str, name: str) -> Any:
         raise UnknownModuleError(f"{describe_at(root, path)}: {error}") from None
     if relative is not None:
         return view_at(root, _join(path, relative))
+    if name in ATTENTION_VALUES:
+        view_at(root, path)._attention(name)
+        raise OutsideTraceError(f"`.{name}` of {describe_at(root, path)} exists inside `with model.trace(…)` only")
     raise _unknown(root, path, name)
 
 
