@@ -243,7 +243,7 @@ class Evaluator(Items):
         try:
             found = getattr(handle, name)
         except AttributeError as error:
-            self.specialiser.fail(span, str(error), "`print(model)` shows the tree of its modules")
+            self.specialiser.fail(span, str(error), handle._shown)
         if is_handle(found):
             return self._module_value(found, module, op.span)
         if isinstance(found, list) and all(map(is_handle, found)):

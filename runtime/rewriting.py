@@ -67,7 +67,7 @@ class Listing:
         beside: dict[int, list[str]] = {}
         for name in self.names:
             beside.setdefault(self.lines[name], []).append(name)
-        wide = max((len(names[0]) for names in beside.values()), default=0) + 3
+        wide = max((len(names[-1]) for names in beside.values()), default=0) + 3
         shown = []
         for number, line in enumerate(self.text.rstrip("\n").split("\n")):
             names = beside.get(number, [])
@@ -392,7 +392,7 @@ def _unwrapped(function: Callable[..., Any]) -> tuple[FunctionType, list[tuple[F
     if isinstance(found, MethodType):
         receiver, found = found.__self__, found.__func__
     if not isinstance(found, FunctionType):
-        name = getattr(function, "__qualname__", type(function).__name__)
+        name = getattr(found, "__name__", type(found).__name__)
         raise NoSourceError(f"`{name}` is not written in Python, so there are no operations to see in it")
     wrappers: list[tuple[FunctionType, int]] = []
     while (index := _calls_what_it_wraps(found)) is not None:

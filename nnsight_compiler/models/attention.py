@@ -26,17 +26,13 @@ def attention_below(module: nn.Module, name: str) -> str:
     Raises:
         NoAttention: it is no attention module, or computes attention in a way that is not known.
     """
-    own = form_of(module)
-    if own is not None and any(spot.name == name for spot in own.spots) | (
-        name in ("pattern", "scores") and bool(own.within)
-    ):
+    if form_of(module) is not None:
         return ""
     kind = type(module).__name__
+    found = [str(path) for path, part in module.named_modules() if path and form_of(part) is not None]
     if "attention" not in kind.lower():
-        below = [path for path, part in module.named_modules() if path and form_of(part) is not None]
-        use = f"; `{name}` is a value of `{'`, `'.join(below[:3])}`" if below else ""
+        use = f"; `{name}` is a value of `{'`, `'.join(found[:3])}`" if found else ""
         raise NoAttention(f"`{kind}` is no attention module{use}")
-    found = [path for path, part in module.named_modules() if path and form_of(part) is not None]
     if len(found) == 1:
         return found[0]
     if found:

@@ -50,6 +50,10 @@ class _Inside:
     def _module(self) -> Any:
         return _Nothing()
 
+    @property
+    def _shown(self) -> str:
+        return "`print(….source)` shows the operations of a module"
+
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise OutsideTraceError(f"`.{name}` of {self._path} can be set inside `with model.trace(…)` only")
 
@@ -88,7 +92,7 @@ class SourceView(_Inside):
                 raise UnknownOperationError(f"operations have a number, as in `{name}_0`", name=name)
         elif name not in found.names:
             near = difflib.get_close_matches(name, found.names, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "`print(….source)` shows them"
+            hint = f"did you mean {', '.join(near)}?" if near else f"it has: {', '.join(found.names[:12])}"
             raise UnknownOperationError(
                 f"there is no operation `{name}` in the forward of {describe_at(self._root, self._path)}; {hint}",
                 name=name,

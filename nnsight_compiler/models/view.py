@@ -67,6 +67,11 @@ class ModuleView:
         """The torch module that stands at the path now."""
         return module_at(self._root, self._path)
 
+    @property
+    def _shown(self) -> str:
+        """Where to look for names that exist, for messages."""
+        return "`print(model)` shows the tree of its modules"
+
     # `Any`: what a name gives is known to the torch module alone.
     def __getattr__(self, name: str) -> Any:
         if name in ("_root", "_path", "_wrapped"):  # not yet set: asking the model for them would ask for them again
