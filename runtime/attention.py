@@ -21,8 +21,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from nnsight_compiler.runtime.replacing import own_forward
-from nnsight_compiler.runtime.rewriting import NoSourceError, listing, rewritten
+from nnsight_compiler.runtime.rewriting import NoSourceError, forward_of, listing, rewritten
 
 Hook = Callable[[Any], Any]
 """Takes a value and gives the one with which the model goes on."""
@@ -193,7 +192,7 @@ def form_of(module: nn.Module) -> Form | None:
     """How a module computes attention; `None` where it does not, or in a way that is not known."""
     own = _OWN.get(_class_name(module))
     try:
-        found = listing(own_forward(module))
+        found = listing(forward_of(module))
     except NoSourceError:
         return None
     if own is not None:

@@ -92,8 +92,8 @@ class Forward:
         shapes = _shapes(args, kwargs) if self.stops else None
         stops = shapes in self._whole and not root.training
         last = len(self.sites) - 1
-        handles = []
         operations = Operations(root, run)
+        handles: list[Any] = [operations]
         before = _ACTIVE.run
         try:
             for index, site in enumerate(self.sites):

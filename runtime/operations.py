@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from torch import nn
 
@@ -21,19 +21,15 @@ from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.passes.sites import ATTENTION_VALUES
 from nnsight_compiler.runtime.active import ACTIVE
 from nnsight_compiler.runtime.attention import AttentionError, Form, Spot, attending, form_of
-from nnsight_compiler.runtime.replacing import replace_forward, restore_forward
-from nnsight_compiler.runtime.rewriting import NoSourceError, listing, rewritten
+from nnsight_compiler.runtime.replacing import Replaced
+from nnsight_compiler.runtime.rewriting import NoSourceError, forward_of, listing, rewritten
 
 Hook = Callable[..., Any]
 
 
-class Handle(Protocol):
-    def remove(self) -> None: ...
-
-
 @final
 class Operations:
-    """The operations of one model that one run hooks.
+    """The operations of one model that one run hooks. `remove` takes all that it did to the modules away.
 
     refused: takes note of what cannot be hooked, with the reason and the way out, by the path; where it is `None`, that
     is an error.
@@ -45,12 +41,15 @@ class Operations:
         self.refused: dict[str, tuple[str, str]] | None = None
         self.recomputed: set[str] = set()
         self.functions: dict[str, _Function] = {}
+        self.replaced: list[Replaced] = []
 
     def operation(self, path: str) -> Operation:
-        """The operation at a path. Its module runs a rewritten forward from its first hook until that is removed."""
+        """The operation at a path. From now on the run has its module run a rewritten forward."""
         owner, _, inner = path.partition(":")
         if owner not in self.functions:
-            self.functions[owner] = _Function(self, owner, self.root.get_submodule(owner))
+            module = self.root.get_submodule(owner)
+            function = self.functions[owner] = _Function(self, owner, module)
+            self.replaced.append(Replaced(module, ACTIVE, self.run, function.forward))
         function = self.functions[owner]
         *around, name = inner.split(":")
         for each in around:
@@ -63,32 +62,64 @@ class Operations:
             raise RunError(f"`{path}`: {reason}\n  way out: {way_out}")
         self.refused.setdefault(path, (reason, way_out))
 
+    def remove(self) -> None:
+        """Has the modules run their own forwards again."""
+        for each in self.replaced:
+            each.remove()
+        for function in self.functions.values():
+            function.forget()
+        self.replaced, self.functions = [], {}
+
+
+@final
+class _Handle:
+    """A hook that is registered."""
+
+    def __init__(self, hooks: list[Any], hook: Any) -> None:
+        self.hooks, self.hook = hooks, hook
+        hooks.append(hook)
+
+    def remove(self) -> None:
+        self.hooks.remove(self.hook)
+
 
 @final
 class Operation:
-    """One operation in one run."""
+    """One operation in one run: it takes hooks as a module does, and another `forward` may stand on it (see
+    `replacing`)."""
 
-    def __init__(self, function: _Function, path: str) -> None:
-        self.function, self.path = function, path
+    def __init__(self, operations: Operations, path: str) -> None:
+        self.operations, self.path = operations, path
         self.before: list[tuple[Hook, bool]] = []
         self.after: list[Hook] = []
+        self.called: list[Callable[..., Any]] = []
         self.inner: _Function | None = None
 
-    def register_forward_pre_hook(self, hook: Hook, with_kwargs: bool = False) -> Handle:
+    def register_forward_pre_hook(self, hook: Hook, with_kwargs: bool = False) -> _Handle:
         """As of a module: the hook gets the operation's arguments, and may give others."""
-        self.before.append((hook, with_kwargs))
-        return self.function.installed()
+        return _Handle(self.before, (hook, with_kwargs))
 
-    def register_forward_hook(self, hook: Hook) -> Handle:
+    def register_forward_hook(self, hook: Hook) -> _Handle:
         """As of a module: the hook gets the operation's result, and may give another."""
-        self.after.append(hook)
-        return self.function.installed()
+        return _Handle(self.after, hook)
 
     def inside(self) -> _Function:
         """The function that the operation calls."""
         if self.inner is None:
-            self.inner = _Function(self.function.operations, self.path, None, self.function)
+            self.inner = _Function(self.operations, self.path, None)
         return self.inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the operation does by itself."""
+        return self.called[-1](*args, **kwargs)
+
+    def does(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the operation does in this run."""
+        self.called.append(function)
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self.called.pop()
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments after the hooks."""
@@ -108,49 +139,47 @@ class Operation:
 
     def value(self, value: Any) -> Any:
         """What the model goes on with, for an operation that is a value."""
-        args, _ = self.given((value,), {})
-        return self.gives(args, value)
+        args, kwargs = self.given((value,), {})
+        return self.gives(args, self.does(_same, args, kwargs))
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 @final
 class _Function:
     """A function whose operations are hooked: the forward of a module, or what an operation calls."""
 
-    def __init__(
-        self, operations: Operations, path: str, module: nn.Module | None, around: _Function | None = None
-    ) -> None:
-        self.operations, self.path, self.module, self.around = operations, path, module, around
+    def __init__(self, operations: Operations, path: str, module: nn.Module | None) -> None:
+        self.operations, self.path, self.module = operations, path, module
         self.held: dict[str, Operation] = {}
         self.made: tuple[Any, Callable[..., Any]] | None = None
         self.spots: Mapping[str, list[Spot]] = {}
-        self.within = ""
         self.form: Form | None = None
 
     def operation(self, name: str) -> Operation:
         if name not in self.held:
-            self.held[name] = Operation(self, f"{self.path}:{name}")
+            self.held[name] = Operation(self.operations, f"{self.path}:{name}")
         return self.held[name]
 
-    # --- where it stands ---
-
-    def installed(self) -> Handle:
-        """Has the module run the rewritten forward in this run."""
-        if self.around is not None:
-            return self.around.installed()
-        assert self.module is not None
-        replace_forward(self.module, self.operations.run, self.forward)
-        return self
-
-    def remove(self) -> None:
-        """Has the module run its own forward again."""
-        assert self.module is not None
-        restore_forward(self.module, self.operations.run)
+    def forget(self) -> None:
+        """Lets go of what was made for the run, which refers to this."""
+        self.made = None
+        for each in self.held.values():
+            if each.inner is not None:
+                each.inner.forget()
 
     # --- running it ---
 
-    def forward(self, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the module, in this run."""
-        return self.rewritten(original)(*args, **kwargs)
+    def forward(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The forward of the module, in this run. What accelerate does around it is done here too."""
+        assert self.module is not None
+        hook = vars(self.module).get("_hf_hook")
+        if hook is None or "_old_forward" not in vars(self.module):
+            return self.rewritten(plain)(*args, **kwargs)
+        args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
+        return hook.post_forward(self.module, self.rewritten(forward_of(self.module))(*args, **kwargs))
 
     def rewritten(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The function with the hooked operations in it; as it is where it has none of them."""
@@ -215,7 +244,7 @@ class _Function:
             args, kwargs = spot.arguments(self.module, self.held[spot.name].value, args, kwargs)
         if self.form is not None and name in self.form.within:
             function = self._attends(function, args, kwargs)
-        result = function(*args, **kwargs)
+        result = function(*args, **kwargs) if held is None else held.does(function, args, kwargs)
         for spot in spots:
             result = spot.result(self.module, self.held[spot.name].value, result)
         return result if held is None else held.gives(args, result)

@@ -1,72 +1,89 @@
-"""Forwards of modules that stand on the instance for a run, in the place of the module's own.
+"""Another `forward` for a module, for one run.
 
-A replacement is one run's own: another thread, a run inside this one, and a module that the body itself calls run the
-forward that was there. Where the last run is over, the module is as it was.
+What stands in for a module's forward while runs replace it looks up the run that acts in this thread: any other run,
+and a plain call of the module, get the module's own forward, also where that was set on the instance (as accelerate
+does). The last run that ends takes it away.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import threading
-from collections.abc import Callable
-from typing import Any, final
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any, Protocol, final
 
 from torch import nn
 
-from nnsight_compiler.runtime.active import ACTIVE
-
-Replacement = Callable[..., Any]
-"""`(original, *args, **kwargs)`: what runs instead of the module's forward, which it may call."""
+Replacement = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""`(plain, args, kwargs) -> output`: what is done in the place of `plain(*args, **kwargs)`."""
 
 
-@final
-class _Switch:
-    """Stands as the forward of a module while runs replace it: each run sees its own."""
+class Acting(Protocol):
+    """What says which run acts in this thread."""
 
-    def __init__(self, module: nn.Module, slot: str) -> None:
-        self.slot, self.own = slot, slot in vars(module)
-        self.forward: Callable[..., Any] = getattr(module, slot)
-        self.replacements: dict[object, Replacement] = {}
-        functools.update_wrapper(self, self.forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.replacements.get(ACTIVE.run)
-        return self.forward(*args, **kwargs) if found is None else found(self.forward, *args, **kwargs)
+    run: object
 
 
 _lock = threading.Lock()
 
 
-def _slot(module: nn.Module) -> str:
-    """Where a module holds the forward that it computes with: accelerate puts one of its own around it."""
-    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+@final
+class _StandIn:
+    """The `forward` of a module that some runs replace.
+
+    own: what was set on the instance before, if anything.
+    runs: the replacements of each run, the innermost first.
+    """
+
+    def __init__(self, module: nn.Module, acting: Acting) -> None:
+        self.module, self.acting = module, acting
+        self.own = vars(module).get("forward")
+        self.plain: Callable[..., Any] = module.forward
+        self.runs: dict[int, tuple[Replacement, ...]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.plain
+        for replacement in self.runs.get(id(self.acting.run), ()):
+            forward = _around(replacement, forward)
+        return forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model that is made meanwhile is a plain one."""
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        return MethodType(type(self.module).forward, memo[id(self.module)])
 
 
-def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a module, without what runs put in its place."""
-    found: Any = getattr(module, _slot(module))
-    return found.forward if isinstance(found, _Switch) else found
+def _around(replacement: Replacement, forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: replacement(forward, args, kwargs)
 
 
-def replace_forward(module: nn.Module, run: object, replacement: Replacement) -> None:
-    """Has a run, and only that, run `replacement` instead of the module's forward."""
-    slot = _slot(module)
-    with _lock:
-        found = vars(module).get(slot)
-        if not isinstance(found, _Switch):
-            found = vars(module)[slot] = _Switch(module, slot)
-        found.replacements[run] = replacement
+@final
+class Replaced:
+    """A replacement that is in place. `remove` puts back what was there."""
 
+    def __init__(self, module: nn.Module, acting: Acting, run: object, replacement: Replacement) -> None:
+        """Has `replacement` called in the place of the module's forward, in `run` alone."""
+        self.run, self.replacement = run, replacement
+        with _lock:
+            held = vars(module).get("forward")
+            if not isinstance(held, _StandIn):
+                held = vars(module)["forward"] = _StandIn(module, acting)
+            self.stand_in = held
+            held.runs[id(run)] = (*held.runs.get(id(run), ()), replacement)
 
-def restore_forward(module: nn.Module, run: object) -> None:
-    """Has the run no longer replace the module's forward. Does nothing where it does not."""
-    with _lock:
-        found = vars(module).get(_slot(module))
-        if not isinstance(found, _Switch):
-            return
-        found.replacements.pop(run, None)
-        if not found.replacements:
-            if found.own:
-                vars(module)[found.slot] = found.forward
-            else:
-                del vars(module)[found.slot]
+    def remove(self) -> None:
+        held, run = self.stand_in, id(self.run)
+        with _lock:
+            left = tuple(each for each in held.runs[run] if each is not self.replacement)
+            if left:
+                held.runs[run] = left
+                return
+            del held.runs[run]
+            own = vars(held.module)
+            if not held.runs and own.get("forward") is held:
+                if held.own is None:
+                    del own["forward"]
+                else:
+                    own["forward"] = held.own

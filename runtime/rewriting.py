@@ -25,8 +25,10 @@ from typing import Any, final
 
 import libcst as cst
 from libcst.metadata import MetadataWrapper, PositionProvider
+from torch import nn
 
 from nnsight_compiler.ir.errors import ExperimentError
+from nnsight_compiler.runtime.replacing import _StandIn
 
 Operation = Callable[..., Any]
 """`(name, function, *args, **kwargs)`: what stands in the place of a call. For an assignment the function is the
@@ -76,6 +78,12 @@ class Listing:
             mark = f"{names[-1]} ─▶" if names else ""
             shown.append(f"{mark.ljust(wide)} {line}".rstrip())
         return "\n".join(shown)
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a module computes with: without what runs have put in its place, or accelerate around it."""
+    found: Any = vars(module).get("_old_forward") or module.forward
+    return found.plain if isinstance(found, _StandIn) else found
 
 
 # --- reading a function ---

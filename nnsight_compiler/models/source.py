@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, final
 
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models.view import OutsideTraceError, describe_at, module_at
-from nnsight_compiler.runtime.replacing import own_forward
-from nnsight_compiler.runtime.rewriting import Listing, NoSourceError, listing
+from nnsight_compiler.runtime.rewriting import Listing, NoSourceError, forward_of, listing
 
 if TYPE_CHECKING:
     from nnsight_compiler.models.nnsight import NNsight
@@ -76,7 +75,7 @@ class SourceView(_Inside):
             return None
         module = module_at(self._root, self._path)
         try:
-            return listing(own_forward(module))
+            return listing(forward_of(module))
         except NoSourceError as error:
             raise SourceError(
                 f"the operations of {describe_at(self._root, self._path)} cannot be seen: {error}; read and write its"
