@@ -30,9 +30,9 @@ from nnsight_compiler.passes.check_unused_values import UnusedValueWarning
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import PassResult
 from nnsight_compiler.passes.shapes import Extent
-from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.specialise import Specialised
 from nnsight_compiler.passes.survey import Unchecked, UncheckedError, survey
+from nnsight_compiler.runtime.observe import Observation
 from nnsight_compiler.shapes import Inputs, extent_of
 
 Placed = TypeVar("Placed", Diagnostic, Unchecked)
@@ -136,7 +136,9 @@ class Checker:
         except Exception:  # the model's own code, the tokenizer's, torch's
             return None
 
-    def order(self, forward: ops.Forward, model: Any, inputs: Inputs | None, operations: Collection[str] = ()) -> Order:
+    def order(
+        self, forward: ops.Forward, model: Any, inputs: Inputs | None, operations: Collection[str] = ()
+    ) -> Observation:
         """The order of a forward's sites, observed without weights.
 
         Raises:

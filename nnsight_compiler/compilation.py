@@ -26,7 +26,7 @@ from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.shapes import Surroundings
-from nnsight_compiler.passes.sites import Order, check_sites, forwards, operations
+from nnsight_compiler.passes.sites import check_sites, forwards, operations
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.operations import alike
@@ -87,6 +87,7 @@ class Compiled:
 
     source: the generated functions as text: one for each site, and the one that runs the forwards.
     stages: what runs each of the stages that begin in it, by the name of the op's result.
+    recomputed: the attention modules whose attention is computed anew, since their own gives no pattern.
     """
 
     program: Program
@@ -96,6 +97,7 @@ class Compiled:
     unsaved: Mapping[str, Span]
     unsure: Mapping[str, Span]
     stages: Mapping[str, StageRunner]
+    recomputed: frozenset[str]
 
     @property
     def source(self) -> str:
@@ -124,7 +126,16 @@ def compile_program(
         return stages[op.result.name].run
 
     made = plan(lowered.program, globals_, closure, stage)
-    return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure, stages)
+    return Compiled(
+        lowered.program,
+        made,
+        lowered.guards,
+        lowered.objects,
+        lowered.unsaved,
+        lowered.unsure,
+        stages,
+        lowered.recomputed,
+    )
 
 
 def lower_program(
@@ -139,7 +150,7 @@ def lower_program(
     surroundings = Surroundings(arguments, globals_, closure)
     subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND)
     result: list[Specialised] = []
-    orders: dict[str, Order] = {}
+    orders: dict[str, Observation] = {}
 
     def specialised(source: Program) -> Program:
         result.append((specialise if checker is None else checker.specialise)(source, subject))
@@ -154,7 +165,7 @@ def lower_program(
     def inside() -> frozenset[str]:
         return operations(result[0].program.body)
 
-    def order(forward: ops.Forward) -> Order:
+    def order(forward: ops.Forward) -> Observation:
         name = forward.result.name
         if name not in orders:
             model, inputs = at(forward)
@@ -195,7 +206,8 @@ def lower_program(
         # A forward was left out since its model, in eval mode, computes the same whether or not it ran before.
         models = [guard.text for guard in guards if guard.kind == "model"]
         guards += tuple(Guard(f"{text}._module.training", "value", False) for text in models)
-    return replace(first, program=final_program, guards=guards)
+    recomputed = frozenset[str]().union(*(each.recomputed for each in orders.values()))
+    return replace(first, program=final_program, guards=guards, recomputed=recomputed)
 
 
 # --- helpers, lowered once ---

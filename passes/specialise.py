@@ -53,6 +53,7 @@ class Specialised:
     unsaved: for a block, exports that hold values of the model which were not saved: name to where they were made.
     unsure: for a block, exports of which only the run can tell whether they are such values.
     stages: where the names of each stage come from, by the name of its result.
+    recomputed: the attention modules whose attention is computed anew, since their own gives no pattern.
     """
 
     program: Program
@@ -63,6 +64,7 @@ class Specialised:
     unsaved: Mapping[str, Span]
     unsure: Mapping[str, Span]
     stages: Mapping[str, Frame]
+    recomputed: frozenset[str] = frozenset()
 
 
 def specialise(program: Program, subject: Subject) -> Specialised:
