@@ -17,6 +17,7 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.runtime.scanning import as_it_runs, prepared, ready
 
 SiteFunction = Callable[[Any, Any], Any]
 """`(value, state) -> value`: what the model goes on with."""
@@ -93,8 +94,8 @@ class Forward:
             RunError: a site was not reached, or more often than the plan says.
         """
         grad = kwargs.pop("grad", False)
-        root = model._ready()
-        args, kwargs = model._prepare(args, kwargs)
+        root = ready(model)
+        args, kwargs = prepared(model, args, kwargs)
         run = object()
         fired = [0] * len(self.sites)
         shapes = _shapes(args, kwargs) if self.stops else None
@@ -120,11 +121,12 @@ class Forward:
             records = torch.is_grad_enabled() and (grad or self._records(state, args, kwargs))
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})
-            if torch.is_grad_enabled() and not records:
-                with torch.no_grad():
+            with as_it_runs():
+                if torch.is_grad_enabled() and not records:
+                    with torch.no_grad():
+                        root(*args, **kwargs)
+                else:
                     root(*args, **kwargs)
-            else:
-                root(*args, **kwargs)
         except _Stop as stop:
             if stop.run is not run:
                 raise
@@ -271,5 +273,5 @@ def _requires_grad(value: Any) -> bool:
 
 def resolve(model: Any, path: str) -> nn.Module:
     """A module of a wrapped model, with its weights: what the body calls, or takes a weight of."""
-    found: nn.Module = model._ready().get_submodule(path)
+    found: nn.Module = ready(model).get_submodule(path)
     return found

@@ -23,6 +23,7 @@ from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.names import Names
+from nnsight_compiler.runtime.scanning import scanning
 from nnsight_compiler.runtime.statements import Statements
 from nnsight_compiler.runtime.trees import load, locate
 
@@ -82,6 +83,8 @@ class _Generator(Statements):
             self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), copies, self._brings(op), op.span)
         driver = self._driver(bool(sites))
         (run,) = link(self, [driver], globals_, closure, program.span)
+        if any(op.method == "scan" for op in forwards):
+            run = scanning(run, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
         return Plan(program, run, source, tuple(self.forwards.values()))
 
