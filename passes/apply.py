@@ -248,7 +248,7 @@ class Calls(Inlining):
     ) -> Abstract:
         fail = self.specialiser.fail
         match receiver.fact:
-            case SiteModule(handle=handle) if name in ("trace", "generate"):
+            case SiteModule(handle=handle) if name in ("trace", "generate", "scan"):
                 fail(
                     op.span,
                     f"`.{name}(…)` without `with` runs nothing",

@@ -153,7 +153,7 @@ def check_sites(program: Program, orders: Orders) -> Program:
     A write is noticed by a read of a site after it, by a later read of its own site, or by a use of the value that was
     written in place.
     """
-    wrong: list[Diagnostic] = []
+    wrong = list(_scanned_in_part(program))
     memory = Memory.of(program, copies=True)
     wrong.extend(_written_weights(program, memory))
     for forward in forwards(program.body):
@@ -174,6 +174,19 @@ def check_sites(program: Program, orders: Orders) -> Program:
     if wrong:
         raise CompileError(wrong)
     return program
+
+
+def _scanned_in_part(program: Program) -> Iterator[Diagnostic]:
+    """Forwards that are scans beside others that are not: the values of the ones would be of no use to the others."""
+    runs = [op for op in forwards(program.body) if op.method != "scan"]
+    for op in forwards(program.body) if runs else ():
+        if op.method == "scan":
+            yield Diagnostic(
+                op.span,
+                "this is a scan, whose values have shapes only, and the same program runs a forward on numbers",
+                "scan in a function of its own",
+                ((runs[0].span, "the forward"),),
+            )
 
 
 def _written_weights(program: Program, memory: Memory) -> Iterator[Diagnostic]:

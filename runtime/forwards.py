@@ -21,6 +21,7 @@ from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
 from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
 from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
+from nnsight_compiler.runtime.scanning import as_it_runs, prepared, ready
 from nnsight_compiler.runtime.skipping import Left, Skipped
 from nnsight_compiler.runtime.stopping import Later, Stopped, not_reached
 
@@ -114,11 +115,11 @@ class Forward:
             RunError: a site was not reached, or more often than the plan says.
         """
         grad = kwargs.pop("grad", False)
-        root = model._ready()
+        root = ready(model)
         if invokes:
             args, kwargs = self._batched(model, model._batch(invokes, kwargs), state)
         else:
-            args, kwargs = model._prepare(args, kwargs)
+            args, kwargs = prepared(model, args, kwargs)
         run = object()
         fired = [0] * len(self.sites)
         shapes = _shapes(args, kwargs) if self.stops else None
@@ -151,11 +152,12 @@ class Forward:
             records = torch.is_grad_enabled() and (grad or self._records(state, args, kwargs))
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})
-            if torch.is_grad_enabled() and not records:
-                with torch.no_grad():
+            with as_it_runs():
+                if torch.is_grad_enabled() and not records:
+                    with torch.no_grad():
+                        root(*args, **kwargs)
+                else:
                     root(*args, **kwargs)
-            else:
-                root(*args, **kwargs)
         except _Stop as stop:
             if stop.run is not run:
                 raise
@@ -357,5 +359,5 @@ def _requires_grad(value: Any) -> bool:
 
 def resolve(model: Any, path: str) -> nn.Module:
     """A module of a wrapped model, with its weights: what the body calls, or takes a weight of."""
-    found: nn.Module = model._ready().get_submodule(path)
+    found: nn.Module = ready(model).get_submodule(path)
     return found

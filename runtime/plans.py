@@ -40,6 +40,7 @@ from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.names import Names
 from nnsight_compiler.runtime.observe import Observation
 from nnsight_compiler.runtime.rows import Divided, SiteAxes, SitesAxes
+from nnsight_compiler.runtime.scanning import scanning
 from nnsight_compiler.runtime.skipping import Left, Skipped
 from nnsight_compiler.runtime.statements import Statements
 from nnsight_compiler.runtime.stopping import Later, Stopped
@@ -123,6 +124,8 @@ class _Generator(Statements):
             self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), copies, brings, op.span, invokes, axes)
         driver = self._driver(bool(sites))
         (run,) = link(self, [driver], globals_, closure, program.span)
+        if any(op.method == "scan" for op in forwards):
+            run = scanning(run, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
         return Plan(program, run, source, tuple(self.forwards.values()))
 

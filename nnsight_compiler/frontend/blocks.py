@@ -70,7 +70,7 @@ def lower_block(frame: FrameType) -> Block:
     """
     code = frame.f_code
     syntax, node, item = _with_statement(frame)
-    if kind_of(node.items[item]) not in ("trace", "generate"):
+    if kind_of(node.items[item]) not in ("trace", "generate", "scan"):
         span = syntax.span(node.items[item])
         way_out = "write the call in the `with` itself: `with model.trace(…):`"
         raise CompileError([Diagnostic(span, "this context does not show which model it traces", way_out)])

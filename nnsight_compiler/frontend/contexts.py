@@ -8,7 +8,7 @@ import libcst as cst
 
 from nnsight_compiler.frontend.trees import dotted_name
 
-ContextKind = OneOf["trace", "generate", "invoke", "backward", "torch", "unknown"]
+ContextKind = OneOf["trace", "generate", "scan", "invoke", "backward", "torch", "unknown"]
 
 
 def kind_of(item: cst.WithItem) -> ContextKind:
@@ -19,14 +19,14 @@ def kind_of(item: cst.WithItem) -> ContextKind:
             if dotted_name(function).startswith("torch."):
                 return "torch"
             match method:
-                case "trace" | "generate" | "invoke" | "backward":
+                case "trace" | "generate" | "scan" | "invoke" | "backward":
                     return method
     return "unknown"
 
 
 def opens_forward(kind: ContextKind) -> bool:
     """Whether the code in such a context takes part in a forward."""
-    return kind in ("trace", "generate", "invoke")
+    return kind in ("trace", "generate", "scan", "invoke")
 
 
 def is_true(test: cst.BaseExpression) -> bool:
@@ -42,6 +42,6 @@ def is_true(test: cst.BaseExpression) -> bool:
 def trace_item(node: cst.With) -> int | None:
     """The number of the first item that opens a forward."""
     for number, item in enumerate(node.items):
-        if kind_of(item) in ("trace", "generate"):
+        if kind_of(item) in ("trace", "generate", "scan"):
             return number
     return None

@@ -300,7 +300,7 @@ class Statements(Expressions):
         self.in_forward, self.in_backward = outer
         region = Region((), tuple(ops))
         match kind, result:
-            case "trace" | "generate", Value():
+            case "trace" | "generate" | "scan", Value():
                 self.builder.emit(Forward(result, owner, kind, arguments, region, span=span))
             case "invoke", Value():
                 self.builder.emit(Invoke(result, owner, arguments, region, span=span))

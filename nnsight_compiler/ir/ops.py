@@ -463,7 +463,7 @@ class Forward(Op):
     effects = Effect.MODEL
     result: Value
     model: Operand
-    method: OneOf["trace", "generate"]
+    method: OneOf["trace", "generate", "scan"]
     arguments: tuple[Argument, ...]
     body: Region
 

@@ -74,6 +74,14 @@ class NNsight(ModuleView):
 
         return Trace(self, "trace", args, kwargs)
 
+    def scan(self, *args: Any, **kwargs: Any) -> Trace:
+        """The same on tensors without data: `with model.scan(inputs):` checks shapes, dtypes, names and indices. No
+        weights are loaded, and what is saved has a shape, a dtype and a device."""
+        self._check_arguments("scan", kwargs.keys())
+        from nnsight_compiler.block import Trace  # it is built on this module
+
+        return Trace(self, "scan", args, kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: this version runs experiments on single forwards."""
         self._check_arguments("generate", kwargs.keys())
@@ -90,11 +98,13 @@ class NNsight(ModuleView):
         wrong = sorted(GENERATION_ARGUMENTS & set(names) - self._forward_parameters().keys())
         if wrong:
             raise TraceArgumentError(
-                f"`trace` runs one forward and takes no {', '.join(wrong)}: these are arguments of `generate`"
+                f"`{method}` runs one forward and takes no {', '.join(wrong)}: these are arguments of `generate`"
             )
         elsewhere = sorted(REMOTE_ARGUMENTS & set(names))
         if elsewhere:
-            raise TraceArgumentError(f"`trace` takes no {', '.join(elsewhere)}: experiments run in this process only")
+            raise TraceArgumentError(
+                f"`{method}` takes no {', '.join(elsewhere)}: experiments run in this process only"
+            )
         known = self._keywords()
         wrong = [] if known is None else sorted(set(names) - known)
         if known is not None and wrong:
