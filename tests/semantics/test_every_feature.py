@@ -86,8 +86,8 @@ def test_runs_leave_nothing_behind(feature: Feature, request: pytest.FixtureRequ
     count = len(fresh)
     del fresh
     assert tensors == 0
-    assert count < feature.runs / 10 + 10, "each run leaves an object"
-    assert gc.collect() < feature.runs / 10 + 10, "each run leaves a cycle"
+    assert count < 10, "runs leave objects"
+    assert gc.collect() < 10, "runs leave cycles"
     assert not traces_on(module)
     assert {path: set(vars(each)) for path, each in module.named_modules()} == names
 

@@ -96,7 +96,7 @@ class Feature:
     program: Callable[[Any, torch.Tensor], Any]
     oracle: Callable[[Any, torch.Tensor], Any]
     make: Callable[[], nn.Module] = net
-    runs: int = 1000
+    runs: int = 250
     gradients: bool = False
     tolerance: float = 0.0
     awaited: str = ""
@@ -455,9 +455,9 @@ def states(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 FEATURES = [
-    Feature("read", read, lambda module, x: outputs(module, x, "layers.1")[0]),
+    Feature("read", read, lambda module, x: outputs(module, x, "layers.1")[0], runs=1000),
     Feature("read_an_input", read_an_input, lambda module, x: outputs(module, x, "layers.0")[0].tanh()),
-    Feature("write_in_place", write_in_place, head("layers.1", added)),
+    Feature("write_in_place", write_in_place, head("layers.1", added), runs=1000),
     Feature("replace", replace, head("layers.1", lambda output: output * 2)),
     Feature("replace_an_item", replace_an_item_of_a_tuple, head("pair", lambda pair: (pair[1] * 3, pair[1]))),
     Feature(
@@ -485,6 +485,6 @@ FEATURES = [
     Feature("write_gradients", write_gradients, gradient_doubled, gradients=True, awaited="gradients in a trace"),
     Feature("source", source_of_a_forward, lambda module, x: outputs(module, x, "pair")[0][1], awaited="source"),
     Feature("source_written", source_written, without_the_inner, awaited="source"),
-    Feature("invokes", invokes, each_alone, language_model, runs=100, tolerance=1e-5, awaited="invokes"),
+    Feature("invokes", invokes, each_alone, language_model, runs=100, tolerance=1e-5),
     Feature("generate", generate, generated, language_model, runs=20, awaited="generation"),
 ]
