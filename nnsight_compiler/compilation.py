@@ -27,14 +27,16 @@ from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
-from nnsight_compiler.passes.shapes import Surroundings
+from nnsight_compiler.passes.rows import check_rows
+from nnsight_compiler.passes.shapes import Extent, Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.passes.streams import Stream
 from nnsight_compiler.runtime.observe import Observation, observe, registered
-from nnsight_compiler.runtime.plans import Plan, plan
+from nnsight_compiler.runtime.plans import Axes, Plan, plan
+from nnsight_compiler.runtime.rows import SiteAxes
 from nnsight_compiler.runtime.support import UNBOUND
-from nnsight_compiler.shapes import Inputs, extent_of
+from nnsight_compiler.shapes import Inputs, extent_of, found_axes, site_axes, why_undivided
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Checker
@@ -108,6 +110,18 @@ class Compiled:
         return self.plan.run(*args)
 
 
+def example_of(lowered: Specialised, forward: str) -> Inputs | None:
+    """The inputs of a forward, or such as it is given: of as many invokes as are needed to make a batch."""
+    inputs, model = lowered.inputs[forward], lowered.models[forward]
+    if inputs is not None or forward not in lowered.invoked:
+        return inputs
+    example = model._example()
+    if example is None:
+        return None
+    batch = model._batch((example, example), {})
+    return batch.args, batch.kwargs
+
+
 def compile_program(
     program: Program,
     arguments: Mapping[str, Any],
@@ -125,7 +139,11 @@ def compile_program(
         stages[op.result.name] = staged(op.program, frame.globals, frame.closure)
         return stages[op.result.name].run
 
-    made = plan(lowered.program, globals_, closure, stage)
+    def known(forward: ops.Forward, at: ops.At) -> SiteAxes | None:
+        model, example = lowered.models[forward.result.name], example_of(lowered, forward.result.name)
+        return None if example is None else site_axes(model, example, at.module.path, at.port, at.call or 0)
+
+    made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes))
     return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure, stages)
 
 
@@ -160,9 +178,24 @@ def lower_program(
             orders[name] = observed(*at(forward)) if checker is None else checker.order(forward, *at(forward))
         return orders[name]
 
+    def extent(op: ops.Forward | ops.Invoke) -> Extent | None:
+        name = op.result.name
+        if isinstance(op, ops.Invoke):
+            name = next(forward for forward, invokes in result[0].invoked.items() if name in invokes)
+        found = extent_of if checker is None else checker.extent
+        whole = found(result[0].models[name], result[0].inputs[name], example_of(result[0], name))
+        if whole is None or isinstance(op, ops.Forward):
+            return whole
+        part = result[0].parts.get(op.result.name)
+        return replace(whole, rows=part and part.rows, tokens=part and part.tokens)
+
+    def undivided(forward: ops.Forward, op: ops.Read | ops.Write) -> str | None:
+        name = forward.result.name
+        return why_undivided(result[0].models[name], example_of(result[0], name), op)
+
     def inferred(source: Program) -> Program:
         try:
-            return infer(source, surroundings, lambda op: (extent_of if checker is None else checker.extent)(*at(op)))
+            return infer(source, surroundings, extent)
         except CompileError as error:
             raise joined(error, lambda: check_sites(source, order)) from None
 
@@ -173,7 +206,7 @@ def lower_program(
     steps: tuple[Callable[[Program], Program], ...] = (
         specialised,
         inferred,
-        lambda source: check_sites(source, order),
+        lambda source: check_rows(check_sites(source, order), undivided),
         check_unused_values,
         dead,
         eliminate_common_subexpressions,

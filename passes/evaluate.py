@@ -275,10 +275,10 @@ class Evaluator(Items):
         return Abstract(None, Method(base, name), span=op.span)
 
     def _read(self, op: ops.Attribute | ops.Read, base: Abstract, port: str) -> Abstract:
-        module, call = self.specialiser.site(base, op.span)
+        module, call, rows = self.specialiser.site(base, op.span)
         result = self.specialiser.builder.fresh(op.result.name)
         span = self.specialiser.span(op)
-        self.specialiser.emit(ops.Read(result, module, _port(port), call, span=span))
+        self.specialiser.emit(ops.Read(result, module, _port(port), call, rows, span=span))
         return Abstract(result, None, NO_LOOPS, 2, span, True)
 
     def set_attribute(self, op: ops.SetAttribute | ops.Write, base: Abstract, name: str, value: Abstract) -> None:
@@ -286,8 +286,9 @@ class Evaluator(Items):
         span = self.specialiser.span(op)
         match base.fact:
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
-                module, call = self.specialiser.site(base, op.span)
-                self.specialiser.emit(ops.Write(module, _port(name), self.specialiser.use(value), call, span=span))
+                module, call, rows = self.specialiser.site(base, op.span)
+                new = self.specialiser.use(value)
+                self.specialiser.emit(ops.Write(module, _port(name), new, call, rows, span=span))
                 return
             case SiteModule() | SiteCalls(call=int()) if name in STREAM:
                 write_stream(self, op, base, name, value)

@@ -197,16 +197,16 @@ def _written_through(program: Program, body: list[Op], memory: Memory) -> Iterat
 def _unnoticed(
     program: Program, forward: ops.Forward, body: list[Op], places: dict[int, Place], memory: Memory, order: Order
 ) -> Iterator[Diagnostic]:
-    last_read = max((places[id(op)].time for op in body if isinstance(op, ops.Read)), default=-1)
+    reads = [op for op in body if isinstance(op, ops.Read)]
     later = [op for op in walk(program.body)]
     index = {id(op): number for number, op in enumerate(later)}
     for op in body:
         times = _written(op, forward, places, memory, order)
         if not times:
             continue
-        if last_read > min(times):
-            continue
         sites = {root for root in memory.writes(op) if isinstance(root, Site) and root.forward == forward.result.name}
+        if any(places[id(read)].time > min(times) and memory.overlap(memory.reads(read), sites) for read in reads):
+            continue
         noticed = any(
             memory.roots(value) & sites
             for other in later[index[id(op)] + 1 :]

@@ -12,17 +12,31 @@ from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any, final
 
-from nnsight_compiler.ir.ops import AnyOp, Argument, At, Op, Parameter, Read, Region, Save, SetItem, Stage, Write
+from nnsight_compiler.ir.ops import (
+    AnyOp,
+    Argument,
+    At,
+    Invoke,
+    Op,
+    Parameter,
+    Read,
+    Region,
+    Save,
+    SetItem,
+    Stage,
+    Write,
+)
 from nnsight_compiler.ir.ops import Forward as ForwardOp
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
-from nnsight_compiler.ir.values import Module, Value
+from nnsight_compiler.ir.values import Module, Operand, Value, values_in
 from nnsight_compiler.passes.origins import Origins
 from nnsight_compiler.runtime import sites as support
-from nnsight_compiler.runtime.forwards import Forward, SitePlan, resolve
+from nnsight_compiler.runtime.forwards import Forward, Given, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.names import Names
+from nnsight_compiler.runtime.rows import Divided, SiteAxes, SitesAxes
 from nnsight_compiler.runtime.statements import Statements
 from nnsight_compiler.runtime.trees import load, locate
 
@@ -46,21 +60,42 @@ Stages = Callable[[Stage], Callable[..., Any]]
 """Gives the function that specialises the program of a stage to its arguments, and runs it."""
 
 
-def plan(program: Program, globals_: dict[str, Any], closure: Mapping[str, CellType] | None, stages: Stages) -> Plan:
+@final
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """What stands at the sites of forwards whose invokes see their own rows.
+
+    known: what stands at a site; `None` where that becomes known only with the inputs of the forward.
+    found: what stands at the sites of a model's forward on these inputs.
+    """
+
+    known: Callable[[ForwardOp, At], SiteAxes | None]
+    found: Callable[[Any, Given], SitesAxes]
+
+
+def plan(
+    program: Program,
+    globals_: dict[str, Any],
+    closure: Mapping[str, CellType] | None,
+    stages: Stages,
+    axes: Axes,
+) -> Plan:
     """Generates the functions of a placed program."""
-    return _Generator(program, stages).plan(globals_, closure)
+    return _Generator(program, stages, axes).plan(globals_, closure)
 
 
 class _Generator(Statements):
     """Generates the functions of one program: those at its sites first, then the one that runs the forwards."""
 
-    def __init__(self, program: Program, stages: Stages) -> None:
+    def __init__(self, program: Program, stages: Stages, axes: Axes) -> None:
         super().__init__(program, Names(program))
-        self.stages = stages
+        self.stages, self.axes = stages, axes
         self.value = self.names.temporary("value")
         self.state = self.names.temporary("state")
         self.crossing = _crossing(program)
-        self.reads: dict[str, str] = {}
+        self.reads: dict[str, Read] = {}
+        self.divided = False
+        self.later: set[int] = set()
         self.direct: set[str] = set()
         self.in_site = False
         self.forwards: dict[int, Forward] = {}
@@ -68,7 +103,7 @@ class _Generator(Statements):
     def plan(self, globals_: dict[str, Any], closure: Mapping[str, CellType] | None) -> Plan:
         program = self.program
         forwards = [op for op in walk(program.body) if isinstance(op, ForwardOp)]
-        sites = [(op, at, self._site(at)) for op in forwards for at in _placed(op)]
+        sites = [(op, at, self._site(op, at)) for op in forwards for at in _placed(op)]
         made = [function for _, _, function in sites]
         functions = link(self, made, globals_, closure, program.span) if sites else []
         plans: dict[int, list[SitePlan]] = {id(op): [] for op in forwards}
@@ -79,7 +114,9 @@ class _Generator(Statements):
         origins = Origins(program)
         for op in forwards:
             copies = any(map(origins.writes_tensors, walk(op.body)))
-            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), copies, self._brings(op), op.span)
+            brings, invokes = self._brings(op), self._invokes(op)
+            axes = self.axes.found if id(op) in self.later else None
+            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), copies, brings, op.span, invokes, axes)
         driver = self._driver(bool(sites))
         (run,) = link(self, [driver], globals_, closure, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
@@ -113,6 +150,11 @@ class _Generator(Statements):
             )
         )
 
+    def _invokes(self, op: ForwardOp) -> tuple[str, ...]:
+        """Where in the state each invoke's share of a forward goes; nowhere if no site asks for it."""
+        results = (invoke.result for invoke in _invoked(op))
+        return tuple(self.names[value] if value.name in self.crossing else "" for value in results)
+
     # --- where values live ---
 
     def reference(self, value: Value, span: Span) -> ast.expr:
@@ -143,12 +185,16 @@ class _Generator(Statements):
         new = self.operand(op.value, op.span)
         held = self.operand(op.object, op.span)
         index = self.operand(op.index, op.span)
-        port = self.reads.get(op.object.name) if isinstance(op.object, Value) else None
-        if port not in ("output", "input"):
+        read = self.reads.get(op.object.name) if isinstance(op.object, Value) else None
+        port = None if read is None else read.port
+        if read is None or port not in ("output", "input"):
             call = ast.Call(func=self.constant("put", support.put), args=[held, index, new], keywords=[])
             return [ast.Expr(value=call)]
         assert isinstance(op.object, Value)
         setter = support.set_item if port == "output" else support.set_first_item
+        if self.divided:
+            arguments = [self._share(read.rows, op.span), held, index, new, ast.Constant(str(op.span))]
+            return [ast.Assign(targets=[self.target(op.object)], value=self._of_value(setter.__name__, arguments))]
         made = ast.Call(
             func=self.constant(setter.__name__, setter), args=[self._value(), held, index, new], keywords=[]
         )
@@ -160,7 +206,9 @@ class _Generator(Statements):
             case ForwardOp():
                 return self._forward(op)
             case Read(result=result, port=port):
-                self.reads[result.name] = port
+                self.reads[result.name] = op
+                if self.divided:
+                    return [ast.Assign(targets=[self.target(result)], value=self._read_share(op))]
                 if result.name in self.direct:
                     return []
                 source: ast.expr = self._value()
@@ -168,6 +216,11 @@ class _Generator(Statements):
                     getter = self.constant("first_argument", support.first_argument)
                     source = ast.Call(func=getter, args=[source, ast.Constant(str(op.span))], keywords=[])
                 return [ast.Assign(targets=[self.target(result)], value=source)]
+            case Write(port=port, value=value) if self.divided:
+                method = {"output": "write", "input": "write_first", "inputs": "write_all"}[port]
+                share = self._share(op.rows, op.span)
+                arguments = [share, self.operand(value, op.span), ast.Constant(str(op.span))]
+                return [ast.Expr(value=self._of_value(method, arguments))]
             case Write(port=port, value=value):
                 setters = {
                     "output": support.replaced,
@@ -188,24 +241,58 @@ class _Generator(Statements):
         model = self.operand(op.model, op.span)
         positional, keyword = _arguments(op.arguments, self)
         runner = ast.Attribute(value=self.constant("forward", self.forwards[id(op)]), attr="run", ctx=ast.Load())
-        state: ast.expr = load(self.names[self.state]) if op.body.ops else ast.Constant(None)
-        return [ast.Expr(value=ast.Call(func=runner, args=[model, positional, keyword, state], keywords=[]))]
+        state: ast.expr = load(self.names[self.state]) if any(_placed(op)) else ast.Constant(None)
+        given = [model, positional, keyword, state]
+        invokes = [ast.Tuple(elts=list(_arguments(each.arguments, self)), ctx=ast.Load()) for each in _invoked(op)]
+        if invokes:
+            given.append(ast.Tuple(elts=list(invokes), ctx=ast.Load()))
+        return [ast.Expr(value=ast.Call(func=runner, args=given, keywords=[]))]
+
+    def _share(self, rows: Operand | None, span: Span) -> ast.expr:
+        return ast.Constant(None) if rows is None else self.operand(rows, span)
+
+    def _of_value(self, method: str, arguments: list[ast.expr]) -> ast.expr:
+        """A method of the value at a site that is divided among invokes."""
+        found = ast.Attribute(value=self._value(), attr=method, ctx=ast.Load())
+        return ast.Call(func=found, args=arguments, keywords=[])
+
+    def _read_share(self, op: Read) -> ast.expr:
+        share = self._share(op.rows, op.span)
+        if op.port == "input":
+            return self._of_value("read_first", [share, ast.Constant(str(op.span))])
+        return self._of_value("read", [share])
 
     def _value(self, context: ast.expr_context | None = None) -> ast.Name:
         """The value at the site, in a site function."""
         return ast.Name(self.names[self.value], context or ast.Load())
 
-    def _site(self, at: At) -> ast.FunctionDef:
+    def _site(self, op: ForwardOp, at: At) -> ast.FunctionDef:
         """The function at a site."""
         name = self.names.fresh(f"at.{at.module.path}.{at.port}" if at.module.path else f"at.{at.port}")
         self.in_site = True
-        if not any(isinstance(op, (Write, SetItem)) for op in walk(at.body)):
+        self.divided = any(isinstance(each, (Read, Write)) and each.rows is not None for each in walk(at.body))
+        if not self.divided and not any(isinstance(each, (Write, SetItem)) for each in walk(at.body)):
             self._read_directly(at)
         parameters = (Parameter(self.value), Parameter(self.state))
         made = self.define(name, self.program.name, parameters, at.body, at.span)
-        made.body.append(locate(ast.Return(value=self._value()), at.span))
-        self.in_site = False
+        if self.divided:
+            axes = self._site_axes(op, at)
+            divided = ast.Call(func=self.constant("Divided", Divided), args=[self._value(), axes], keywords=[])
+            made.body.insert(0, locate(ast.Assign(targets=[self._value(ast.Store())], value=divided), at.span))
+        result = self._of_value("whole", []) if self.divided else self._value()
+        made.body.append(locate(ast.Return(value=result), at.span))
+        self.in_site = self.divided = False
         return made
+
+    def _site_axes(self, op: ForwardOp, at: At) -> ast.expr:
+        known = self.axes.known(op, at)
+        if known is not None:
+            return self.constant("axes", known)
+        self.later.add(id(op))
+        rows = next(each.rows for each in walk(at.body) if isinstance(each, (Read, Write)) and each.rows is not None)
+        asked = ast.Attribute(value=self.operand(rows, at.span), attr="axes", ctx=ast.Load())
+        place: list[ast.expr] = [ast.Constant(part) for part in (at.module.path, at.port, at.call or 0)]
+        return ast.Call(func=asked, args=place, keywords=[])
 
     def _read_directly(self, at: At) -> None:
         """Has the reads of a site that is not written stand for its value, without a variable of their own."""
@@ -256,7 +343,8 @@ def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]
 def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
     for op in region.ops:
         if isinstance(op, (Read, Write)):
-            taken = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
+            held = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
+            taken = [*held, *(() if op.rows is None else values_in(op.rows))]
         elif isinstance(op, At):
             taken = []
         else:
@@ -273,8 +361,15 @@ def _model(op: Write) -> Value | None:
 
 def _placed(op: ForwardOp) -> Iterator[At]:
     for at in op.body.ops:
+        if isinstance(at, Invoke):
+            continue
         assert isinstance(at, At), "a program is placed before it is planned"
         yield at
+
+
+def _invoked(op: ForwardOp) -> Iterator[Invoke]:
+    """The invokes of a placed forward that bring its input."""
+    return (each for each in op.body.ops if isinstance(each, Invoke))
 
 
 def _counted_from_the_end(at: At) -> int | None:
