@@ -11,7 +11,6 @@ import dis
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NoReturn, final
@@ -22,6 +21,7 @@ from nnsight_compiler.frontend import Block, lower_block
 from nnsight_compiler.frontend.cells import cell_name
 from nnsight_compiler.ir.errors import ExperimentError
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.runtime.refusing import Refusing
 from nnsight_compiler.runtime.sites import holds_tensor
 from nnsight_compiler.runtime.support import UNBOUND
 from nnsight_compiler.tracebacks import trimmed
@@ -35,26 +35,8 @@ class UnsavedValueError(ExperimentError):
     """A value of the model that was not saved, used after its trace."""
 
 
-class _Refusing:
-    """Any use of it raises, as its `_refuse` says."""
-
-    __slots__ = ()
-
-    def _refuse(self) -> NoReturn:
-        raise NotImplementedError
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_repr_") or name.startswith("_ipython_"):
-            raise AttributeError(name)
-        _refused(self)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        next(each for each in _parts((args, kwargs)) if isinstance(each, cls))._refuse()
-
-
 @final
-class Unsaved(_Refusing):
+class Unsaved(Refusing):
     """Stands for a value of the model that was not saved; its use names the line that made it."""
 
     __slots__ = ("_name", "_span")
@@ -74,7 +56,7 @@ class Unsaved(_Refusing):
 
 
 @final
-class Deleted(_Refusing):
+class Deleted(Refusing):
     """Stands for a variable that a block deleted, or only it could hold."""
 
     __slots__ = ("_name",)
@@ -87,37 +69,6 @@ class Deleted(_Refusing):
 
     def _refuse(self) -> NoReturn:
         raise UnboundLocalError(f"cannot access local variable '{self._name}' where it is not associated with a value")
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """A value, and what is in it where it is a tuple, list or dict."""
-    yield value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    for each in inner:
-        yield from _parts(each)
-
-
-def _refused(self: _Refusing, *args: object, **kwargs: object) -> NoReturn:
-    """Raises as if from the line that used it."""
-    try:
-        self._refuse()
-    except Exception as error:
-        error.__traceback__ = None
-        raise
-
-
-_ARITHMETIC = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "matmul", "pow", "and", "or", "xor", "lshift",
-    "rshift",
-)  # fmt: skip
-for _name in (
-    *(f"__{kind}{name}__" for name in _ARITHMETIC for kind in ("", "r", "i")),
-    *(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "round", "hash")),
-    *(f"__{name}__" for name in ("bool", "float", "int", "complex", "index", "str", "format", "bytes", "array")),
-    *(f"__{name}__" for name in ("len", "iter", "next", "reversed", "contains", "getitem", "setitem", "delitem")),
-    *(f"__{name}__" for name in ("call", "enter", "exit", "setattr", "delattr", "copy", "deepcopy", "reduce_ex")),
-):
-    setattr(_Refusing, _name, _refused)
 
 
 @final

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import CellType, CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, cast, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,7 @@ from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.rows import check_rows
 from nnsight_compiler.passes.shapes import Extent, Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
+from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.passes.streams import Stream
 from nnsight_compiler.runtime.observe import Observation, observe, registered
@@ -45,6 +46,7 @@ PASSES = (
     "specialise",
     "infer",
     "check_sites",
+    "check_skips",
     "check_unused_values",
     "eliminate_dead_saves",
     "eliminate_common_subexpressions",
@@ -143,7 +145,8 @@ def compile_program(
         model, example = lowered.models[forward.result.name], example_of(lowered, forward.result.name)
         return None if example is None else site_axes(model, example, at.module.path, at.port, at.call or 0)
 
-    made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes))
+    seen = cast(Mapping[str, Observation], lowered.orders)
+    made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes), seen)
     return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure, stages)
 
 
@@ -157,10 +160,17 @@ def lower_program(
 ) -> Specialised:
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
-    streams = partial(_stream, checked=checker is not None)
-    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, streams)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
+    sized = False  # whether calls were counted, so that the program rests on the sizes of its inputs
+
+    def ordered(model: Any, inputs: Inputs | None) -> Order:
+        nonlocal sized
+        sized = True
+        return observed(model, inputs, sized)
+
+    streams = partial(_stream, checked=checker is not None)
+    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, streams, ordered)
 
     def specialised(source: Program) -> Program:
         result.append((specialise if checker is None else checker.specialise)(source, subject))
@@ -175,7 +185,7 @@ def lower_program(
     def order(forward: ops.Forward) -> Order:
         name = forward.result.name
         if name not in orders:
-            orders[name] = observed(*at(forward)) if checker is None else checker.order(forward, *at(forward))
+            orders[name] = observed(*at(forward), sized) if checker is None else checker.order(forward, *at(forward))
         return orders[name]
 
     def extent(op: ops.Forward | ops.Invoke) -> Extent | None:
@@ -207,6 +217,7 @@ def lower_program(
         specialised,
         inferred,
         lambda source: check_rows(check_sites(source, order), undivided),
+        lambda source: check_skips(source, order),
         check_unused_values,
         dead,
         eliminate_common_subexpressions,
@@ -221,7 +232,7 @@ def lower_program(
         # A forward was left out since its model, in eval mode, computes the same whether or not it ran before.
         models = [guard.text for guard in guards if guard.kind == "model"]
         guards += tuple(Guard(f"{text}._module.training", "value", False) for text in models)
-    return replace(first, program=final_program, guards=guards)
+    return replace(first, program=final_program, guards=guards, orders=orders)
 
 
 # --- helpers, lowered once ---
@@ -262,8 +273,9 @@ def _stream(module: Any, name: str, inputs: Inputs | None, checked: bool) -> Str
     return stream_of(module, name, seen)
 
 
-def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Observation:
-    """The order in which a model runs its modules: observed once for each kind of input.
+def observed(model: Any, inputs: Inputs | None, exact: bool = False) -> Observation:
+    """The order in which a model runs its modules: observed once for each kind of input, and with `exact` for each size
+    of it. What was observed at a size serves all that follows.
 
     Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one
     on the model's own example, then the order in which its modules are registered; a run that goes otherwise is an
@@ -280,7 +292,9 @@ def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) 
     args, kwargs = model._prepare(inputs[0], kwargs)
     module = model._module
     structure = tuple(map(id, module.modules())), module.training
-    key = (structure, tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs))
+    key: Any = (structure, tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs))
+    if exact:
+        key = key, tuple(getattr(value, "shape", None) for value in (*args, *kwargs.values()))
     with _lock:
         held = _observations.setdefault(model._root, {})
         if key not in held:

@@ -50,7 +50,7 @@ def site_axes(model: Any, example: Inputs, path: str, port: EventPort, call: int
         raise AxisError(f"the model takes one number of rows only: {axes.reason}")
     if call < 0:
         call += sum(each.path == path and each.port == port for each in axes.events)
-    leaves, structure = pytree.tree_flatten(axes.types(path, port, call))
+    leaves, structure = pytree.tree_flatten(axes.types(path, "input" if port == "input" else "output", call))
     return SiteAxes(f"`{path or 'the model'}` {port}", tuple(leaves), structure)
 
 

@@ -14,7 +14,7 @@ from typing import Literal as OneOf
 import torch
 
 from nnsight_compiler.ir import ops
-from nnsight_compiler.ir.values import NONE, Module, Operand
+from nnsight_compiler.ir.values import NONE, Module, Operand, Value
 from nnsight_compiler.passes.behaviour import KnownCall
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -157,6 +157,8 @@ class Calls(Inlining):
                 text = f"{module.text}._root._module.get_submodule({handle._path!r})"
                 self.specialiser.guards.add(text, "length", len(handle))
                 return constant(len(handle))
+            case SiteCalls(module=module, call=None):
+                return constant(len(self.evaluator.each_call(module, op.span)))
             case Elements(items=list() as items):
                 return constant(len(items))
             case Known(value=held, text=text) if self.evaluator._countable(value):
@@ -252,6 +254,8 @@ class Calls(Inlining):
                     f"`.{name}(…)` without `with` runs nothing",
                     f"write `with {handle._path or 'model'}.{name}(…):`",
                 )
+            case SiteModule() | SiteCalls() if name == "skip":
+                return self.skip(op, receiver, arguments)
             case SiteModule():
                 return self._of_module(op, receiver, name, arguments)
             case Tracer() if name == "barrier":
@@ -262,12 +266,8 @@ class Calls(Inlining):
                 return self._position(op, arguments)
             case Tracer() if name == "invoke":
                 fail(op.span, "`.invoke(…)` without `with` runs nothing", "write `with tracer.invoke(…):`")
-            case Tracer() if name == "stop":
-                fail(
-                    op.span,
-                    "`.stop()` is not run by this version yet",
-                    "leave it out: a forward ends by itself where nothing further is needed",
-                )
+            case Tracer(forward=forward) if name == "stop":
+                return self.stop(op, forward, arguments)
             case Tracer():
                 fail(op.span, f"`.{name}` of a tracer is not run by this version yet")
             case Known(value=value) if isinstance(value, torch.Tensor):
@@ -290,6 +290,35 @@ class Calls(Inlining):
         if name in PLAIN_RESULTS:
             kept.live = 0
         return kept
+
+    def skip(self, op: ops.Call | ops.Skip, module: Abstract, arguments: Arguments) -> Abstract:
+        """`module.skip(value)`: the module is not run, and `value` is its output."""
+        span = self.specialiser.span(op)
+        if len(arguments) != 1 or arguments[0][0].star or arguments[0][0].keyword not in (None, "value"):
+            self.specialiser.fail(
+                span,
+                "`.skip(…)` takes one value: what the module would have returned",
+                "write `.skip(value)`, as in `module.skip(module.input)`",
+            )
+        ((_, value),) = arguments
+        operand, call, rows = self.specialiser.site(module, span)
+        made = self.specialiser.use(value)
+        if rows is None:
+            self.specialiser.emit(ops.Skip(operand, made, call, span=span))
+        else:  # the module runs, for the rows of others
+            self.specialiser.emit(ops.Write(operand, "output", made, call, rows, span=span))
+        return Abstract(NONE, Known(None))
+
+    def stop(self, op: ops.Call | ops.Stop, forward: Value, arguments: Arguments) -> Abstract:
+        """`tracer.stop()`: the forward ends after what precedes this in the source."""
+        span = self.specialiser.span(op)
+        if arguments:
+            self.specialiser.fail(span, "`.stop()` takes no arguments", "write `tracer.stop()`")
+        running = self.specialiser.access(span)
+        if running.result != forward:
+            self.specialiser.fail(span, "`.stop()` belongs to a forward that is not running here")
+        self.specialiser.emit(ops.Stop(forward, span=span))
+        return Abstract(NONE, Known(None))
 
     def _of_module(self, op: ops.Call, receiver: Abstract, name: str, arguments: Arguments) -> Abstract:
         """A method of a module of the model, called as it is: a host op."""

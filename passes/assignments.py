@@ -31,6 +31,19 @@ def misfit(held: Any, new: Any) -> tuple[str, str] | None:
     return f"{described(new)} is assigned where the module gives a tensor of shape {list(held.shape)}", ""
 
 
+def cannot_stand_for(held: Any, new: Any) -> tuple[str, str] | None:
+    """Why `new` cannot be the output of a module that does not run, and a way out; `held` is what it would return."""
+    scalar = isinstance(new, (int, float, complex)) or (isinstance(new, torch.Tensor) and not new.ndim)
+    if isinstance(held, torch.Tensor) and held.ndim and scalar:
+        return (
+            "a number is given for a module that does not run, so that there is no tensor to fill",
+            "give the whole tensor: `torch.zeros_like(…)`, `torch.full_like(…)`, or the module's `.input`",
+        )
+    wrong = misfit(held, new)
+    kind = "tensor" if isinstance(held, torch.Tensor) else type(held).__name__
+    return wrong and (wrong[0], f"give a whole {kind}, as the module returns it")
+
+
 def described(value: Any) -> str:
     """A value in words: what kind it is, and how large."""
     if isinstance(value, tuple):

@@ -330,6 +330,7 @@ class ControlFlow(Interpretation):
         self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
         brings = brings_input(self, op.arguments)
+        self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments) if brings else None
         running = Forwarding(result, module, span, op, self.builder.depth, rolled=len(self.rolled), brings=brings)
         self.forward = running
         outer, self.conditions = self.conditions, []

@@ -59,6 +59,8 @@ class Entry:
     """Values that it takes a copy of instead."""
     follows: Entry | None = None
     """The call whose method it looks up: it runs where that runs."""
+    last: bool = False
+    """Whether it ends what happens at its site."""
 
 
 class Body:
@@ -78,6 +80,7 @@ class Body:
         self.places: dict[int, Place] = {}
         self.detached: set[str] = set()
         self.entered: dict[Root, set[int]] = {}
+        self.stops: list[Entry] = []
         self.originals: dict[int, Op] = {}
         """For a loop that lost its reads, the op that the memory analysis knows."""
 

@@ -157,12 +157,16 @@ class Evaluator(Items):
                 )
             case SiteCalls() if name in STREAM:
                 return read_stream(self, op, base, name)
-            case SiteCalls():
-                if name not in PORTS:
-                    self.specialiser.fail(
-                        op.span, f"a call of a module has no `{name}`", f"it has {', '.join((*PORTS, *STREAM))}"
-                    )
+            case SiteCalls() if name in PORTS:
                 return self._read(op, base, name)
+            case SiteCalls() if name == "skip":
+                return Abstract(None, Method(base, name), span=op.span)
+            case SiteCalls():
+                self.specialiser.fail(
+                    op.span,
+                    f"a call of a module has no `.{name}`",
+                    "a call has `.output`, `.input`, `.inputs` and `.skip(…)`",
+                )
             case Tracer(forward=forward):
                 return self._of_tracer(op, base, forward, name)
             case Known():
@@ -233,11 +237,13 @@ class Evaluator(Items):
             return read_stream(self, op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
-        if name in ("skip", "source"):
+        if name == "skip":
+            return Abstract(None, Method(base, name), span=op.span)
+        if name == "source":
             self.specialiser.fail(
                 op.span,
                 f"`.{name}` of a module is not run by this version yet",
-                "assign the module's `.output`" if name == "skip" else "read the outputs of its submodules",
+                "read the outputs of its submodules",
             )
         raw = getattr(handle._module, name, None)
         span = self.specialiser.span(op)

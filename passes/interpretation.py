@@ -30,6 +30,7 @@ from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
     Elements,
+    Fact,
     Frame,
     Guards,
     Known,
@@ -39,6 +40,7 @@ from nnsight_compiler.passes.facts import (
 )
 from nnsight_compiler.passes.inline import Unreachable
 from nnsight_compiler.passes.rows import Part
+from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.streams import Streams, no_streams
 
 
@@ -51,6 +53,7 @@ class Subject:
     save: the function that users import as `save`.
     unbound: what an empty cell holds.
     streams: says at which site a value of a block's residual stream stands.
+    order: in which order a wrapped model runs its modules on these inputs (`None`: not known before the run).
     """
 
     arguments: Mapping[str, Any]
@@ -60,6 +63,11 @@ class Subject:
     save: Callable[..., Any]
     unbound: object = None
     streams: Streams = no_streams
+    order: Callable[[Any, Inputs | None], Order] | None = None
+
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the keyword arguments of a forward."""
 
 
 class AccessInClosure(Exception):  # noqa: N818  # control flow, not an error
@@ -240,7 +248,9 @@ class Interpretation:
             case Known(value=known, text=text):
                 if not immutable(known) and hasattr(type(known), "__index__"):  # a tensor, or a number of numpy's
                     known, text = operator.index(known), text and f"({text}).__index__()"
-                if text is not None:
+                if text is not None and isinstance(known, slice):  # which has no hash before Python 3.12
+                    self.guards.add(f"({text}).__reduce__()[1]", "value", (known.start, known.stop, known.step))
+                elif text is not None:
                     self.guards.add(text, "value", known)
                 return known
             case Elements(kind="tuple", items=list() as items):
@@ -297,6 +307,41 @@ class Interpretation:
                 ((forward.span, "the forward"),),
             )
         return Module(forward.module.model, module.handle._path), call, forward.rows
+
+    def count_calls(self, module: SiteModule, span: Span) -> int:
+        """How often the forward that is running here calls a module, guarded on the sizes of what it is given."""
+        forward = self.access(span)
+        if module.handle._root is not forward.module.handle._root:
+            self.site(Abstract(None, module), span)  # refuses it
+        if self.subject.order is None:
+            self.fail(span, "how often a module is called is not known here", "name its calls one by one")
+        inputs = self.inputs[forward.result.name]
+        for argument in forward.op.arguments:
+            self.rely_on_sizes(self.abstract(argument.value).fact)
+        count = self.subject.order(forward.module.handle, inputs).count(module.handle._path)
+        if not count:
+            self.fail(
+                span,
+                f"`{module.handle._path or 'the model'}` is never called in this forward",
+                "its values do not exist there; address a module that runs, such as one around it or inside it",
+            )
+        return count
+
+    def rely_on_sizes(self, fact: Fact) -> None:
+        """Guards on the shapes of the tensors that a forward is given: how often its modules run may depend on them."""
+        match fact:
+            case Known(value=torch.Tensor() as held, text=str() as text):
+                self.guards.add(f"tuple({text}.shape)", "value", tuple(held.shape))
+            case Known(value=list() | tuple() as held, text=str() as text) if not immutable(held):
+                self.guards.add(text, "length", len(held))
+                for number, each in enumerate(held):
+                    self.rely_on_sizes(Known(each, f"{text}[{number}]"))
+            case Known(value=dict() as held, text=str() as text):
+                for name, each in held.items():
+                    self.rely_on_sizes(Known(each, f"{text}[{name!r}]"))
+            case Elements(items=list() as items):
+                for item in items:
+                    self.rely_on_sizes(item.fact)
 
     # --- what the program changes ---
 

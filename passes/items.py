@@ -108,9 +108,15 @@ class Items:
                 )
             case SiteCalls(module=module, call=None):
                 number = self.specialiser.demand(index, op.span, "the number of the call")
+                if isinstance(number, slice):
+                    return self.specialiser.pack(self.each_call(module, op.span)[number])
                 if not isinstance(number, int):
-                    self.specialiser.fail(op.span, "`.calls` takes the number of one call", "write `.calls[0]`")
+                    self.specialiser.fail(
+                        op.span, "`.calls` takes the number of a call, or a slice", "write `.calls[0]`, `.calls[:]`"
+                    )
                 return Abstract(None, SiteCalls(module, number), span=op.span)
+            case SiteCalls():
+                self.specialiser.fail(op.span, "this is one call of a module, which has no items")
             case Elements(items=list() as items):
                 found = self._element(op, base.fact, items, index)
                 if found is not None:
@@ -197,10 +203,14 @@ class Items:
         match value.fact:
             case Elements(items=list() as items) if op.star < 0 and len(items) == len(op.results):
                 self.specialiser.bind(op.results, tuple(items))
-            case Iteration() | SiteModule() | SiteCalls():
+            case _ if isinstance(value.fact, Iteration) or self.mentions_modules(value):
                 items = self.iterate(value, op.span)
-                if op.star >= 0 or len(items) != len(op.results):
+                rest = len(items) - len(op.results) + 1
+                if rest < 0 or (op.star < 0 and rest != 1):
                     self.specialiser.fail(op.span, f"{len(items)} values for {len(op.results)} names")
+                if op.star >= 0:
+                    starred = Abstract(None, Elements("list", items[op.star : op.star + rest]), span=op.span)
+                    items = [*items[: op.star], starred, *items[op.star + rest :]]
                 self.specialiser.bind(op.results, tuple(items))
             case _:
                 self.specialiser.keep(op)
@@ -233,6 +243,12 @@ class Items:
                     return Abstract(found, span=span)
         self.specialiser.fail(span, "the forward around this is given no prompt", "give it one: `model.trace(prompt)`")
 
+    def each_call(self, module: SiteModule, span: Span) -> list[Abstract]:
+        """The calls of a module in the forward that is running here. They are counted from the end, so that a run in
+        which it is called more often, or less, is noticed."""
+        count = self.specialiser.count_calls(module, span)
+        return [Abstract(None, SiteCalls(module, number - count), span=span) for number in range(count)]
+
     # --- iteration ---
 
     def mentions_modules(self, value: Abstract) -> bool:
@@ -256,6 +272,10 @@ class Items:
                     f"{module.text}._root._module.get_submodule({handle._path!r})", "length", len(handle)
                 )
                 return [self._module_value(part, module, span) for part in handle]
+            case SiteCalls(module=module, call=None):
+                return self.each_call(module, span)
+            case SiteCalls():
+                self.specialiser.fail(span, "this is one call of a module, which cannot be iterated")
             case Elements(kind="dict", items=list()):
                 return list(value.fact.keys)
             case Elements(items=list() as items):
@@ -300,7 +320,12 @@ class Items:
 
     def _countable(self, value: Abstract) -> bool:
         match self.resolved(value).fact:
-            case SiteModule() | Elements(items=list()) | Iteration(kind="keys" | "values" | "items"):
+            case (
+                SiteModule()
+                | SiteCalls(call=None)
+                | Elements(items=list())
+                | Iteration(kind="keys" | "values" | "items")
+            ):
                 return True
             case Iteration(bases=bases):
                 return any(map(self._countable, bases))

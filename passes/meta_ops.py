@@ -17,7 +17,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.ir.traverse import defined
 from nnsight_compiler.ir.values import Module, Unbound, Value
-from nnsight_compiler.passes.assignments import misfit
+from nnsight_compiler.passes.assignments import cannot_stand_for, misfit
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall
 from nnsight_compiler.passes.meta_calls import RESHAPING, call_known
 from nnsight_compiler.passes.meta_items import attribute, check_item_assignment, item, out_of_range
@@ -85,6 +85,8 @@ class MetaOps(MetaValues):
                 self.define(op.result, self._read(op))
             case ops.Write():
                 self._write(op)
+            case ops.Skip():
+                self._skip(op)
             case ops.Delete() | ops.SetAttribute():
                 self.lose_containers(self.value(op.object))
             case ops.SetGlobal():
@@ -233,6 +235,24 @@ class MetaOps(MetaValues):
             return
         if new is not UNKNOWN and not isinstance(new, Method):
             wrong = misfit(held, new if new is not INTEGER else 0)
+            if wrong is not None:
+                self.report(op, Mistake(*wrong))
+                return
+        if not isinstance(held, torch.Tensor) and not same(held, new):
+            self.open_sites(site[0])
+        self.sites[site] = copied(held)
+
+    def _skip(self, op: ops.Skip) -> None:
+        """What is given must be as what the module would have returned: it takes its place."""
+        if self.forward is None:
+            return
+        new = self.value(op.value)
+        output = ops.Write(op.module, "output", op.value, op.call, span=op.span)
+        site, held = self._site(output)
+        if held is UNKNOWN or self.blind:
+            return
+        if new is not UNKNOWN and not isinstance(new, Method):
+            wrong = cannot_stand_for(held, new if new is not INTEGER else 0)
             if wrong is not None:
                 self.report(op, Mistake(*wrong))
                 return

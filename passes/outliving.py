@@ -30,6 +30,8 @@ class Outliving(Schedule):
                 maker = self.makers[value.name]
                 if maker is entry or (maker.time == entry.time and not self._stores(entry, value)):
                     continue
+                if isinstance(entry.op, ops.Skip) and self._passes_on(maker, entry):
+                    continue
                 if not entry.merge and self._changes(entry.op) & self._own(value):
                     continue  # what the program made is changed itself; copies are made after that
                 entry.changes[value.name] = self._copied(value, entry.order[0])
@@ -48,6 +50,15 @@ class Outliving(Schedule):
                 left = self._value(name)
                 if left is not None and self._live(left):
                     self.placement.leaving[name] = self._copied(left, len(self.entries) + len(self.copies))
+
+    def _passes_on(self, maker: Entry, skip: Entry) -> bool:
+        """Whether a skip hands on what its own module was given: nothing runs between the two sites, so that only a
+        later line could change it."""
+        place = self.places.get(maker.time)
+        if place is None or skip.pin is None or maker.time != skip.pin.time - 1:
+            return False
+        writers = self.writers[place.path, place.port, place.call]
+        return all(each.order < skip.order or isinstance(each.op, ops.Write) for each in writers)
 
     def _shared(self, write: Entry, value: Value) -> bool:
         """Whether what a write gives to the model, which may go on to change it in place, is also something else. A

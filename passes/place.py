@@ -120,10 +120,11 @@ class _Pieces(Outliving):
         for entry in self.entries:
             if entry.follows is not None:
                 entry.time = entry.follows.time
+        self._check_stops()
         self._copy()
         self._require_inputs()
         slots: dict[int, list[Entry]] = defaultdict(list)
-        for entry in sorted(self.entries, key=lambda each: each.order):
+        for entry in sorted(self.entries, key=lambda each: (each.last, each.order)):
             slots[entry.time].append(entry)
         self._note_uses()
         before = self._gather(slots.pop(BEFORE, []), 0)

@@ -196,7 +196,7 @@ class PointsTo:
     def sites(self, op: ops.Read | ops.Write | ops.Skip) -> Roots:
         """The sites that an op of this program reads or writes: one, unless it stands at several places."""
         path = op.module.path if isinstance(op.module, Module) else str(op.module)
-        port = "output" if isinstance(op, ops.Skip) else op.port
+        port = "skip" if isinstance(op, ops.Skip) else op.port
         rows = op.rows.name if isinstance(op.rows, Value) else ""
         return frozenset(Site(path, port, op.call, forward, rows) for forward in self._places[id(op)])
 

@@ -26,6 +26,8 @@ class Schedule(Body):
             start = locate("", "input", None, op.span, self.order)
             self.places[start.time] = start
             entry.time = start.time  # the model has what it was given before the body changes it
+        if isinstance(op, ops.Stop):
+            self._stop(entry)
         if entry.pin is None:
             return
         if entry.time > entry.pin.time and isinstance(op, ops.Read):
@@ -34,6 +36,34 @@ class Schedule(Body):
         elif entry.time > entry.pin.time:
             self._refuse(entry)
         entry.time = entry.pin.time
+
+    def _stop(self, entry: Entry) -> None:
+        """The forward ends at the last site of what precedes this in the source, after all that happens there."""
+        entry.time = max([entry.time, *(each.time for each in self.entries if each.order < entry.order)])
+        if entry.time == BEFORE:
+            start = locate("", "input", None, entry.op.span, self.order)
+            self.places[start.time] = start
+            entry.time = start.time
+        self.stops.append(entry)
+        entry.last = True
+
+    def _check_stops(self) -> None:
+        """Refuses accesses that a forward would have to come to after it was stopped."""
+        for stop in self.stops:
+            if any(isinstance(frame.op, ops.If) for frame in stop.frames):
+                continue
+            for entry in self.entries:
+                if entry.pin is not None and entry.pin.time > stop.time:
+                    raise CompileError(
+                        [
+                            Diagnostic(
+                                entry.op.span,
+                                f"the forward does not come to {_named(entry.pin)}: it is stopped before",
+                                "write it before `tracer.stop()`: the forward ends after all that precedes that line",
+                                ((stop.op.span, "the forward is stopped here"),),
+                            )
+                        ]
+                    )
 
     def _pin(self, entry: Entry, op: Op) -> Place | None:
         """The site at which an op must run: the one that it reads or writes."""
@@ -93,4 +123,9 @@ class Schedule(Body):
 
 
 def _spelled(place: Place) -> str:
-    return f"the {place.port} of `{place.path or 'the model'}`"
+    return f"whether `{place.path or 'the model'}` runs" if place.port == "skip" else _named(place)
+
+
+def _named(place: Place) -> str:
+    port = "input" if place.port == "skip" else place.port
+    return f"the {port} of `{place.path or 'the model'}`"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal as OneOf
 from typing import Protocol
@@ -18,17 +18,20 @@ from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.memory import Memory, Root, Site, Weight
 from nnsight_compiler.passes.roots import is_outside
 
-EventPort = OneOf["output", "input"]
+EventPort = OneOf["output", "skip", "input"]
 
 
 class Order(Protocol):
     """When the modules of a model run within one forward."""
 
-    def time(self, path: str, port: EventPort, call: int = 0) -> int:
+    def time(self, path: str, port: OneOf["output", "input"], call: int = 0) -> int:
         """The place of an event in the forward. Raises `KeyError` where it does not happen."""
 
     def count(self, path: str) -> int:
         """How often a module runs."""
+
+    def within(self, path: str, call: int = 0) -> Mapping[str, int]:
+        """How often each module runs inside one call of a module."""
 
 
 Orders = Callable[[ops.Forward], Order]
@@ -37,7 +40,8 @@ Orders = Callable[[ops.Forward], Order]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A site, at its time in the forward. `call` is `None` for a module that runs once."""
+    """A site, at its time in the forward. `call` is `None` for a module that runs once. Times of inputs and outputs are
+    even; a module is skipped just after its input."""
 
     path: str
     port: EventPort
@@ -47,7 +51,11 @@ class Place:
 
 def event_port(port: str) -> EventPort:
     """Where a port lives: `input` and `inputs` are the same event."""
-    return "output" if port == "output" else "input"
+    match port:
+        case "output" | "skip":
+            return port
+        case _:
+            return "input"
 
 
 def place_of(op: ops.Read | ops.Write | ops.Skip, order: Order) -> Place:
@@ -57,7 +65,7 @@ def place_of(op: ops.Read | ops.Write | ops.Skip, order: Order) -> Place:
         CompileError: the module does not run, runs several times, or not as often as asked for.
     """
     assert isinstance(op.module, Module), "places are asked for after specialise"
-    port = event_port("output" if isinstance(op, ops.Skip) else op.port)
+    port = event_port("skip" if isinstance(op, ops.Skip) else op.port)
     return locate(op.module.path, port, op.call, op.span, order)
 
 
@@ -96,7 +104,8 @@ def locate(path: str, port: EventPort, call: int | None, span: Span, order: Orde
             ]
         )
     number = 0 if call is None else call % count
-    return Place(path, port, None if count == 1 else number, order.time(path, port, number))
+    time = 2 * order.time(path, "input", number) + 1 if port == "skip" else 2 * order.time(path, port, number)
+    return Place(path, port, None if count == 1 else number, time)
 
 
 def forwards(region: Region) -> Iterator[ops.Forward]:
@@ -214,9 +223,10 @@ def _unnoticed(
             for value in (*used(other), *([other.result] if isinstance(other, ops.Read) else []))
         )
         if not noticed:
+            what = "skip" if isinstance(op, ops.Skip) else "write"
             yield Diagnostic(
                 op.span,
-                "this write can reach nothing: nothing is read from the model after it",
+                f"this {what} can reach nothing: nothing is read from the model after it",
                 "read or save something that it changes, such as `model.output`, in the same `with`",
             )
 

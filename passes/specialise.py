@@ -19,7 +19,7 @@ precedes gives: a stage then begins at that op (see `staging`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nnsight_compiler.ir import ops
@@ -37,11 +37,13 @@ from nnsight_compiler.passes.facts import (
     Guard,
     Known,
     SiteCalls,
+    SiteModule,
     Tracer,
 )
 from nnsight_compiler.passes.interpretation import Completion, Subject
 from nnsight_compiler.passes.invokes import interpret_invoke
 from nnsight_compiler.passes.rows import Part
+from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.staging import Staging
 
 
@@ -57,6 +59,7 @@ class Specialised:
     unsaved: for a block, exports that hold values of the model which were not saved: name to where they were made.
     unsure: for a block, exports of which only the run can tell whether they are such values.
     stages: where the names of each stage come from, by the name of its result.
+    orders: in which order the model of each forward runs its modules, as later passes found it.
     """
 
     program: Program
@@ -69,6 +72,7 @@ class Specialised:
     unsaved: Mapping[str, Span]
     unsure: Mapping[str, Span]
     stages: Mapping[str, Frame]
+    orders: Mapping[str, Order] = field(default_factory=dict)
 
 
 def specialise(program: Program, subject: Subject) -> Specialised:
@@ -211,7 +215,16 @@ class Specialiser(Staging):
                 return Completion("never")
             case ops.Invoke():
                 return interpret_invoke(self, op)
-            case ops.Steps() | ops.Backward() | ops.Grad() | ops.SetGrad() | ops.Skip() | ops.Stop():
+            case ops.Skip():
+                module = self.evaluate.resolved(self.abstract(op.module))
+                if op.call is not None and isinstance(module.fact, SiteModule):
+                    module = Abstract(None, SiteCalls(module.fact, op.call), span=op.span)
+                self.evaluate.calls.skip(op, module, [(ops.Argument(op.value), self.abstract(op.value))])
+            case ops.Stop():
+                tracer = self.abstract(op.tracer).fact
+                assert isinstance(tracer, Tracer), "only a tracer is stopped"
+                self.evaluate.calls.stop(op, tracer.forward, [])
+            case ops.Steps() | ops.Backward() | ops.Grad() | ops.SetGrad():
                 self.fail(
                     op.span,
                     f"`{type(op).__name__.lower()}` is part of the language, but this version does not run it yet",

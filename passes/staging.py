@@ -33,7 +33,7 @@ from nnsight_compiler.passes.known_calls import known_method
 from nnsight_compiler.passes.outline import outline
 
 FOLDED_TARGETS = frozenset(f"{function.__module__}.{function.__name__}" for function in FOLDED)
-SITES = ("output", "input", "inputs", "calls")
+SITES = ("output", "input", "inputs", "calls", "skip", "stop")
 
 
 class Staging(ControlFlow):

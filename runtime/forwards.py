@@ -18,7 +18,10 @@ from torch import nn
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
+from nnsight_compiler.runtime.replacing import Replaced, Replacement
 from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
+from nnsight_compiler.runtime.skipping import Left, Skipped
+from nnsight_compiler.runtime.stopping import Later, Stopped, not_reached
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a forward, or of an invoke."""
@@ -44,10 +47,10 @@ _ACTIVE = _Active()
 
 
 class _Stop(BaseException):
-    """Ends a forward at the last site that anything needs."""
+    """Ends a forward at the last site that anything needs, or where the program says so: `site` is its number then."""
 
-    def __init__(self, run: object) -> None:
-        self.run = run
+    def __init__(self, run: object, site: int | None = None, where: Span | None = None) -> None:
+        self.run, self.site, self.where = run, site, where
 
 
 @final
@@ -57,14 +60,18 @@ class SitePlan:
 
     call: the number of the call, for a module that runs several times.
     calls: how often the module must run, where the call was counted from the end.
+    left: what is left out where the module is skipped here.
+    later: what does not exist where the forward is stopped before this site.
     """
 
     path: str
-    port: OneOf["output", "input"]
+    port: OneOf["output", "skip", "input"]
     call: int | None
     function: SiteFunction
     span: Span
     calls: int | None = None
+    left: Left | None = None
+    later: tuple[Later, ...] = ()
 
     def __str__(self) -> str:
         return f"`{self.path or 'the model'}` {self.port}"
@@ -125,7 +132,9 @@ class Forward:
         shapes = _shapes(args, kwargs) if self.stops else None
         stops = shapes in self._whole and not root.training
         last = len(self.sites) - 1
-        handles = []
+        handles: list[Any] = []
+        starts: dict[int, _Started] = {}
+        stopped: _Stop | None = None
         before = _ACTIVE.run
         try:
             for index, site in enumerate(self.sites):
@@ -134,10 +143,14 @@ class Forward:
                 if site.port == "output":
                     started = None if site.call is None else _Started(run)
                     if started is not None:
+                        starts[index] = started
                         handles.append(module.register_forward_pre_hook(started))
                     handles.append(
                         module.register_forward_hook(_output_hook(site, run, state, fired, index, ends, started))
                     )
+                elif site.port == "skip":
+                    skip = _skip(self.sites, run, state, fired, index, starts)
+                    handles.append(Replaced(module, _ACTIVE, run, skip))
                 else:
                     hook = _input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -153,11 +166,18 @@ class Forward:
         except _Stop as stop:
             if stop.run is not run:
                 raise
+            stopped = stop
         finally:
             _ACTIVE.run = before
             for handle in handles:
                 handle.remove()
-        for site, count in zip(self.sites, fired, strict=True):
+        for index, (site, count) in enumerate(zip(self.sites, fired, strict=True)):
+            if stopped is not None and stopped.site is not None and stopped.where is not None:
+                if index > stopped.site:
+                    not_reached(state, site.later, stopped.where)
+                    continue
+                if site.calls is not None:  # how often it would have run is not known
+                    continue
             if site.calls is not None and count != site.calls:
                 raise RunError(
                     f"{site.span}: {site} ran {count} times in this forward, but {site.calls} times in the one that"
@@ -166,7 +186,7 @@ class Forward:
                 )
             if count != 1 and (site.call is None or count <= site.call):
                 self._missed(site, count)
-        if shapes is not None and all(site.calls is None for site in self.sites):
+        if shapes is not None and stopped is None and all(site.calls is None for site in self.sites):
             self._whole.add(shapes)
 
     def _batched(self, model: Runnable, batch: Batch, state: Any) -> Given:
@@ -260,6 +280,8 @@ def _output_hook(
             result = function(output, state)
         finally:
             _ACTIVE.run = run
+        if type(result) is Stopped:
+            raise _Stop(run, index, result.where)
         if ends:
             raise _Stop(run)
         return result
@@ -285,11 +307,47 @@ def _input_hook(
             result = function(given, state)
         finally:
             _ACTIVE.run = run
+        if type(result) is Stopped:
+            raise _Stop(run, index, result.where)
         if ends:
             raise _Stop(run)
         return None if result is given else result
 
     return hook
+
+
+def _skip(
+    sites: tuple[SitePlan, ...], run: object, state: Any, fired: list[int], index: int, starts: dict[int, _Started]
+) -> Replacement:
+    """What is called in the place of the forward of a module that may be skipped."""
+    site = sites[index]
+    function, call, left = site.function, site.call, site.left
+    assert left is not None, "the plan says what a skip leaves out"
+
+    def replacement(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        number = fired[index]
+        fired[index] = number + 1
+        if call is not None and number != call:
+            return plain(*args, **kwargs)
+        _ACTIVE.run = None
+        try:
+            found = function(None, state)
+        finally:
+            _ACTIVE.run = run
+        if type(found) is Stopped:
+            raise _Stop(run, index, found.where)
+        if type(found) is not Skipped:
+            return plain(*args, **kwargs)
+        for other, each in enumerate(sites):  # calls keep the numbers that they have where nothing is skipped
+            if each.path in left.inner:
+                fired[other] += left.inner[each.path]
+                if other in starts:
+                    starts[other].count += left.inner[each.path]
+            if each.port == "skip" and each.path == site.path:
+                fired[other] = number + 1  # another call of this module may be skipped too
+        return left.output(found.value, args, kwargs, found.where)
+
+    return replacement
 
 
 def _requires_grad(value: Any) -> bool:

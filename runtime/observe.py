@@ -79,6 +79,11 @@ class Observation:
         """How often a module ran."""
         return self.calls.get(path, 0)
 
+    def within(self, path: str, call: int = 0) -> Mapping[str, int]:
+        """How often each module ran inside one call of a module."""
+        start, end = self.time(path, "input", call), self.time(path, "output", call)
+        return Counter(event.path for event in self.events[start + 1 : end] if event.port == "input")
+
 
 def observe(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Observation:
     """Runs one forward of `module` on a shadow of it and says what happened. The module and the arguments stay as

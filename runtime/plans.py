@@ -23,7 +23,9 @@ from nnsight_compiler.ir.ops import (
     Region,
     Save,
     SetItem,
+    Skip,
     Stage,
+    Stop,
     Write,
 )
 from nnsight_compiler.ir.ops import Forward as ForwardOp
@@ -36,8 +38,11 @@ from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, Given, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.names import Names
+from nnsight_compiler.runtime.observe import Observation
 from nnsight_compiler.runtime.rows import Divided, SiteAxes, SitesAxes
+from nnsight_compiler.runtime.skipping import Left, Skipped
 from nnsight_compiler.runtime.statements import Statements
+from nnsight_compiler.runtime.stopping import Later, Stopped
 from nnsight_compiler.runtime.trees import load, locate
 
 
@@ -79,17 +84,18 @@ def plan(
     closure: Mapping[str, CellType] | None,
     stages: Stages,
     axes: Axes,
+    seen: Mapping[str, Observation],
 ) -> Plan:
-    """Generates the functions of a placed program."""
-    return _Generator(program, stages, axes).plan(globals_, closure)
+    """Generates the functions of a placed program. `seen`: how the model of each forward runs, by its result's name."""
+    return _Generator(program, stages, axes, seen).plan(globals_, closure)
 
 
 class _Generator(Statements):
     """Generates the functions of one program: those at its sites first, then the one that runs the forwards."""
 
-    def __init__(self, program: Program, stages: Stages, axes: Axes) -> None:
+    def __init__(self, program: Program, stages: Stages, axes: Axes, seen: Mapping[str, Observation]) -> None:
         super().__init__(program, Names(program))
-        self.stages, self.axes = stages, axes
+        self.stages, self.axes, self.seen = stages, axes, seen
         self.value = self.names.temporary("value")
         self.state = self.names.temporary("state")
         self.crossing = _crossing(program)
@@ -108,9 +114,7 @@ class _Generator(Statements):
         functions = link(self, made, globals_, closure, program.span) if sites else []
         plans: dict[int, list[SitePlan]] = {id(op): [] for op in forwards}
         for (op, at, _), function in zip(sites, functions, strict=True):
-            plans[id(op)].append(
-                SitePlan(at.module.path, at.port, at.call, function, at.span, _counted_from_the_end(at))
-            )
+            plans[id(op)].append(self._site_plan(op, at, function))
         origins = Origins(program)
         for op in forwards:
             copies = any(map(origins.writes_tensors, walk(op.body)))
@@ -121,6 +125,19 @@ class _Generator(Statements):
         (run,) = link(self, [driver], globals_, closure, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
         return Plan(program, run, source, tuple(self.forwards.values()))
+
+    def _site_plan(self, op: ForwardOp, at: At, function: FunctionType) -> SitePlan:
+        path, call = at.module.path, at.call
+        left = Left.of(self.seen[op.result.name], path, call or 0) if at.port == "skip" else None
+        later: tuple[Later, ...] = ()
+        if any(isinstance(each, Stop) for each in walk(op.body)):
+            made = [(value, each.span) for each in walk(at.body) for value in defined(each)]
+            later = tuple(
+                Later(self.names[value], value.name.partition(".")[0], span)
+                for value, span in made
+                if value.name in self.crossing
+            )
+        return SitePlan(path, at.port, call, function, at.span, _counted_from_the_end(at), left, later)
 
     def _driver(self, has_state: bool) -> ast.FunctionDef:
         program = self.program
@@ -231,6 +248,13 @@ class _Generator(Statements):
                 arguments = [self._value(), self.operand(value, op.span), ast.Constant(str(op.span))]
                 made = ast.Call(func=setter, args=arguments, keywords=[])
                 return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
+            case Skip(value=value):
+                skipped = self.constant("Skipped", Skipped)
+                arguments = [self.operand(value, op.span), ast.Constant(str(op.span))]
+                made = ast.Call(func=skipped, args=arguments, keywords=[])
+                return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
+            case Stop():
+                return [ast.Assign(targets=[self._value(ast.Store())], value=self.constant("stop", Stopped(op.span)))]
             case Save(result=result, value=value):
                 kept = self.constant("keep", support.keep)
                 made = ast.Call(func=kept, args=[self.operand(value, op.span)], keywords=[])
@@ -342,10 +366,10 @@ def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]
 
 def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
     for op in region.ops:
-        if isinstance(op, (Read, Write)):
+        if isinstance(op, (Read, Write, Skip)):
             held = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
             taken = [*held, *(() if op.rows is None else values_in(op.rows))]
-        elif isinstance(op, At):
+        elif isinstance(op, (At, Stop)):
             taken = []
         else:
             taken = list(used(op))
@@ -355,7 +379,7 @@ def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
             yield from _uses(inner, op if isinstance(op, At) else where)
 
 
-def _model(op: Write) -> Value | None:
+def _model(op: Write | Skip) -> Value | None:
     return op.module.model if isinstance(op.module, Module) else None
 
 
@@ -374,8 +398,8 @@ def _invoked(op: ForwardOp) -> Iterator[Invoke]:
 
 def _counted_from_the_end(at: At) -> int | None:
     """How often the module of a site must run for `.calls[-1]` and the like to mean this site."""
-    calls = (op.call for op in walk(at.body) if isinstance(op, (Read, Write)) and op.call is not None and op.call < 0)
-    return next(((at.call or 0) - call for call in calls), None)
+    calls = (op.call for op in walk(at.body) if isinstance(op, (Read, Write, Skip)))
+    return next(((at.call or 0) - call for call in calls if call is not None and call < 0), None)
 
 
 def _stops(op: ForwardOp) -> bool:

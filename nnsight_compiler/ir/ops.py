@@ -589,11 +589,12 @@ class SetGrad(Op):
 @final
 @dataclass(frozen=True, slots=True)
 class At(Op):
-    """Made by `place`: the ops that run at one site of the surrounding `forward`, in order."""
+    """Made by `place`: the ops that run at one site of the surrounding `forward`, in order. The site `skip` is just
+    after the module's input: what is given there becomes its output, and it does not run."""
 
     effects = Effect.MODEL
     module: Module
-    port: OneOf["input", "output"]
+    port: OneOf["input", "skip", "output"]
     call: int | None
     body: Region
 

@@ -352,19 +352,6 @@ def test_all_calls_one_by_one_in_a_block():
     assert [torch.equal(a, b[1]) for a, b in zip(states, seen, strict=True)] == [True] * 3
 
 
-def test_a_slice_of_calls_is_refused():
-    @intervene
-    def read(model, x):
-        states = []
-        with model.trace(x):
-            for call in model.step.calls[:]:
-                states.append(call.output)
-        return states
-
-    with pytest.raises(CompileError, match=r"test_calls\.py:\d+:\d+: `\.calls` takes the number[\s\S]*way out"):
-        read(model, X)
-
-
 def test_a_module_called_more_often_on_other_inputs():
     class Long(nn.Module):
         def __init__(self):
