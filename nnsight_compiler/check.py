@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from linecache import getlines
@@ -30,9 +30,9 @@ from nnsight_compiler.passes.check_unused_values import UnusedValueWarning
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import PassResult
 from nnsight_compiler.passes.shapes import Extent
-from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.specialise import Specialised
 from nnsight_compiler.passes.survey import Unchecked, UncheckedError, survey
+from nnsight_compiler.runtime.observe import Observation
 from nnsight_compiler.shapes import Inputs, extent_of
 
 Placed = TypeVar("Placed", Diagnostic, Unchecked)
@@ -126,17 +126,25 @@ class Checker:
             self.unchecked += error.unchecked
         self.diagnostics += error.diagnostics
 
-    def extent(self, model: Any, inputs: Inputs | None, example: Inputs | None = None) -> Extent | None:
+    def extent(
+        self,
+        model: Any,
+        inputs: Inputs | None,
+        example: Inputs | None = None,
+        operations: Collection[str] = (),
+    ) -> Extent | None:
         """The shapes in a forward; `None` where the model cannot be observed, which `order` says why, or where the
         input is not known: no mistake of shape is then sure."""
         if inputs is None:
             return None
         try:
-            return extent_of(model, inputs)
+            return extent_of(model, inputs, example, operations)
         except Exception:  # the model's own code, the tokenizer's, torch's
             return None
 
-    def order(self, forward: ops.Forward, model: Any, inputs: Inputs | None) -> Order:
+    def order(
+        self, forward: ops.Forward, model: Any, inputs: Inputs | None, operations: Collection[str] = ()
+    ) -> Observation:
         """The order of a forward's sites, observed without weights.
 
         Raises:
@@ -148,7 +156,7 @@ class Checker:
             reason = "in which order modules run here depends on the input, which is not known"
             raise UncheckedError(Unchecked(forward.span, reason))
         try:
-            return observed(model, example if inputs is None else inputs)
+            return observed(model, example if inputs is None else inputs, operations=operations)
         except Exception as error:  # the model's own code, the tokenizer's, torch's
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             wrong = inputs is not None and (isinstance(error, TypeError) or _runs(model, example))

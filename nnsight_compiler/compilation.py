@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import CellType, CodeType, FunctionType
@@ -29,11 +29,12 @@ from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.rows import check_rows
 from nnsight_compiler.passes.shapes import Extent, Surroundings
-from nnsight_compiler.passes.sites import Order, check_sites, forwards
+from nnsight_compiler.passes.sites import check_sites, forwards, operations
 from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.passes.streams import Stream
 from nnsight_compiler.runtime.observe import Observation, observe, registered
+from nnsight_compiler.runtime.operations import alike
 from nnsight_compiler.runtime.plans import Axes, Plan, plan
 from nnsight_compiler.runtime.rows import SiteAxes
 from nnsight_compiler.runtime.support import UNBOUND
@@ -93,6 +94,7 @@ class Compiled:
 
     source: the generated functions as text: one for each site, and the one that runs the forwards.
     stages: what runs each of the stages that begin in it, by the name of the op's result.
+    recomputed: the attention modules whose attention is computed anew, since their own gives no pattern.
     """
 
     program: Program
@@ -102,6 +104,7 @@ class Compiled:
     unsaved: Mapping[str, Span]
     unsure: Mapping[str, Span]
     stages: Mapping[str, StageRunner]
+    recomputed: frozenset[str]
 
     @property
     def source(self) -> str:
@@ -147,7 +150,16 @@ def compile_program(
 
     seen = cast(Mapping[str, Observation], lowered.orders)
     made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes), seen)
-    return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure, stages)
+    return Compiled(
+        lowered.program,
+        made,
+        lowered.guards,
+        lowered.objects,
+        lowered.unsaved,
+        lowered.unsure,
+        stages,
+        lowered.recomputed,
+    )
 
 
 def lower_program(
@@ -161,10 +173,10 @@ def lower_program(
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
     result: list[Specialised] = []
-    orders: dict[str, Order] = {}
+    orders: dict[str, Observation] = {}
     sized = False  # whether calls were counted, so that the program rests on the sizes of its inputs
 
-    def ordered(model: Any, inputs: Inputs | None) -> Order:
+    def ordered(model: Any, inputs: Inputs | None) -> Observation:
         nonlocal sized
         sized = True
         return observed(model, inputs, sized)
@@ -182,10 +194,18 @@ def lower_program(
         name = forward.result.name
         return result[0].models[name], result[0].inputs[name]
 
-    def order(forward: ops.Forward) -> Order:
+    def inside() -> frozenset[str]:
+        return operations(result[0].program.body)
+
+    def order(forward: ops.Forward) -> Observation:
         name = forward.result.name
         if name not in orders:
-            orders[name] = observed(*at(forward), sized) if checker is None else checker.order(forward, *at(forward))
+            model, inputs = at(forward)
+            orders[name] = (
+                observed(model, inputs, sized, inside())
+                if checker is None
+                else checker.order(forward, model, inputs, inside())
+            )
         return orders[name]
 
     def extent(op: ops.Forward | ops.Invoke) -> Extent | None:
@@ -193,7 +213,7 @@ def lower_program(
         if isinstance(op, ops.Invoke):
             name = next(forward for forward, invokes in result[0].invoked.items() if name in invokes)
         found = extent_of if checker is None else checker.extent
-        whole = found(result[0].models[name], result[0].inputs[name], example_of(result[0], name))
+        whole = found(result[0].models[name], result[0].inputs[name], example_of(result[0], name), inside())
         if whole is None or isinstance(op, ops.Forward):
             return whole
         part = result[0].parts.get(op.result.name)
@@ -232,7 +252,8 @@ def lower_program(
         # A forward was left out since its model, in eval mode, computes the same whether or not it ran before.
         models = [guard.text for guard in guards if guard.kind == "model"]
         guards += tuple(Guard(f"{text}._module.training", "value", False) for text in models)
-    return replace(first, program=final_program, guards=guards, orders=orders)
+    recomputed = frozenset[str]().union(*(each.recomputed for each in orders.values()))
+    return replace(first, program=final_program, guards=guards, orders=orders, recomputed=recomputed)
 
 
 # --- helpers, lowered once ---
@@ -273,9 +294,9 @@ def _stream(module: Any, name: str, inputs: Inputs | None, checked: bool) -> Str
     return stream_of(module, name, seen)
 
 
-def observed(model: Any, inputs: Inputs | None, exact: bool = False) -> Observation:
-    """The order in which a model runs its modules: observed once for each kind of input, and with `exact` for each size
-    of it. What was observed at a size serves all that follows.
+def observed(model: Any, inputs: Inputs | None, exact: bool = False, operations: Collection[str] = ()) -> Observation:
+    """The order in which a model runs its modules, and these operations inside of them: observed once for each kind of
+    input, and with `exact` for each size of it. What was observed at a size serves all that follows.
 
     Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one
     on the model's own example, then the order in which its modules are registered; a run that goes otherwise is an
@@ -283,7 +304,7 @@ def observed(model: Any, inputs: Inputs | None, exact: bool = False) -> Observat
     """
     if inputs is None:
         known = _observations.get(model._root)
-        if known:
+        if known and not operations:
             return next(reversed(known.values()))
         inputs = model._example()
     if inputs is None:
@@ -292,23 +313,25 @@ def observed(model: Any, inputs: Inputs | None, exact: bool = False) -> Observat
     args, kwargs = model._prepare(inputs[0], kwargs)
     module = model._module
     structure = tuple(map(id, module.modules())), module.training
-    key: Any = (structure, tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs))
+    inside = alike(module, operations)
+    given = tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs)
+    key: Any = (structure, *given, inside)
     if exact:
         key = key, tuple(getattr(value, "shape", None) for value in (*args, *kwargs.values()))
     with _lock:
         held = _observations.setdefault(model._root, {})
         if key not in held:
-            held[key] = _observe(model, args, kwargs)
+            held[key] = _observe(model, args, kwargs, inside)
         return held[key]
 
 
-def _observe(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
+def _observe(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inside: frozenset[str]) -> Observation:
     try:
-        return observe(model._module, args, kwargs)
+        return observe(model._module, args, kwargs, inside)
     except Exception:
         if not any(parameter.is_meta for parameter in model._module.parameters()):
             raise
-    return observe(model._ready(), args, kwargs)  # it looks at numbers, so it needs its weights
+    return observe(model._ready(), args, kwargs, inside)  # it looks at numbers, so it needs its weights
 
 
 def _signature(value: Any) -> Any:

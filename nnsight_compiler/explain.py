@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
@@ -35,7 +35,7 @@ IN_FULL = 4
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A forward, a call of a module, or a host op.
+    """A forward, a call of a module, attention that is computed anew, or a host op.
 
     what: the forward or the call. why: what the forward is for, or why the call is a host op.
     within: the loops and conditions around it, outermost first. times: how often the same step stands there.
@@ -194,7 +194,7 @@ def _names(program: Program, call: ops.Call, made: Mapping[str, Op]) -> dict[str
 def _variant(compiled: Compiled, names: Mapping[str, str]) -> Variant:
     told = [guard for guard in compiled.guards if guard.kind in ("value", "length") and "._path" not in guard.text]
     given = [_told(guard, names) for guard in told]
-    return Variant(tuple(given), _folded(_steps(compiled.program)))
+    return Variant(tuple(given), _folded(_steps(compiled.program, compiled.recomputed)))
 
 
 _NAMELESS = re.compile(r"v\d+(_\d+)*")
@@ -230,7 +230,7 @@ def _expected(program: Program) -> Iterator[Step]:
             yield Step("forward", op.span.file, op.span.line, "forward", LATER)
 
 
-def _steps(program: Program) -> Iterator[Step]:
+def _steps(program: Program, recomputed: Collection[str]) -> Iterator[Step]:
     made = _made(program)
     stages = {op.result for op in program.walk() if isinstance(op, ops.Stage)}
 
@@ -243,6 +243,11 @@ def _steps(program: Program) -> Iterator[Step]:
                     yield Step("forward", *place, f"forward of {program.target}", _purpose(op), within)
                 case ops.At(module=module, port=port):
                     site = _site(module, port)
+                    attention, _, value = module.path.rpartition(":")
+                    if value in ("pattern", "scores") and attention in recomputed:
+                        what = f"attention of {attention}"
+                        why = f"computed from q, k and the mask, in this run: torch's kernel gives no {value}"
+                        yield Step("attention", *place, what, why, within)
                 case ops.Call(target=None) if op.function not in stages:
                     what = f"host op `{_spelled(op.function, made)}(…)`"
                     yield Step("host", *place, what, _why(site), within)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,13 +11,17 @@ import torch
 
 from nnsight_compiler.runtime.axes import Axes, infer_axes
 from nnsight_compiler.runtime.input_axes import InputAxes, input_axes, places
+from nnsight_compiler.runtime.operations import alike
 
 _axes: WeakKeyDictionary[Any, dict[Any, Axes]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def axes_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Axes, int, int]:
-    """The axes of every value of a wrapped model's forward, and how many rows and tokens these inputs have.
+def axes_of(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], operations: Collection[str] = ()
+) -> tuple[Axes, int, int]:
+    """The axes of every value of a wrapped model's forward, of these operations inside of its modules too, and how many
+    rows and tokens these inputs have.
 
     Found once for each kind of input: prompts of other numbers of rows and tokens are of the same kind. The inputs are
     those of `trace`; weights are not loaded for it.
@@ -27,12 +31,13 @@ def axes_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
     inputs = input_axes(module, args, kwargs)
     rows, tokens = inputs.sizes(args, kwargs)
     kind = tuple((place, _kind(leaf, place, inputs)) for place, leaf in places(args, kwargs))
-    key = (tuple(map(id, module.modules())), module.training, kind)
+    inside = alike(module, operations)
+    key = (tuple(map(id, module.modules())), module.training, kind, inside)
     with _lock:
         held = _axes.setdefault(module, {})
         found = held.get((key, rows, tokens)) or held.get(key)
         if found is None or not _holds(found, rows, tokens):
-            found = infer_axes(module, args, kwargs, inputs)
+            found = infer_axes(module, args, kwargs, inputs, operations=inside)
             # What holds for some sizes only, or for none, is found anew for others.
             held[(key, rows, tokens) if found.fixed or found.how == "none" else key] = found
         return found, rows, tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -21,8 +22,11 @@ from nnsight_compiler.runtime.rows import SiteAxes, SitesAxes
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def extent_of(model: Any, inputs: Inputs | None, example: Inputs | None = None) -> Extent | None:
-    """The extent of a forward of a wrapped model on these arguments of `trace`; `None` where nothing can be told.
+def extent_of(
+    model: Any, inputs: Inputs | None, example: Inputs | None = None, operations: Collection[str] = ()
+) -> Extent | None:
+    """The extent of a forward of a wrapped model on these arguments of `trace`, with these operations inside of its
+    modules; `None` where nothing can be told.
 
     Where the arguments are known only when the forward runs, those of an example, or of the model's own, say of what
     kind they are, and the numbers of rows and tokens stay open.
@@ -30,7 +34,8 @@ def extent_of(model: Any, inputs: Inputs | None, example: Inputs | None = None) 
     given = inputs or example or model._example()
     if given is None:
         return None
-    axes, rows, tokens = axes_of(model, *given)
+    args, kwargs = given
+    axes, rows, tokens = axes_of(model, args, kwargs, operations)
     if axes.how == "none":
         return None
     varies = axes.inputs.names - axes.fixed.keys()

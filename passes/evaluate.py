@@ -36,6 +36,7 @@ from nnsight_compiler.passes.facts import (
     python_module,
 )
 from nnsight_compiler.passes.items import Items
+from nnsight_compiler.passes.sites import ATTENTION_VALUES
 from nnsight_compiler.passes.streams import STREAM, read_stream, write_stream
 
 if TYPE_CHECKING:
@@ -162,6 +163,9 @@ class Evaluator(Items):
             case SiteCalls() if name == "skip":
                 return Abstract(None, Method(base, name), span=op.span)
             case SiteCalls():
+                value = self._attention(base, name, op.span)
+                if value is not None:
+                    return self._read(op, value, "output")
                 self.specialiser.fail(
                     op.span,
                     f"a call of a module has no `.{name}`",
@@ -239,12 +243,9 @@ class Evaluator(Items):
             return Abstract(None, SiteCalls(module), span=op.span)
         if name == "skip":
             return Abstract(None, Method(base, name), span=op.span)
-        if name == "source":
-            self.specialiser.fail(
-                op.span,
-                f"`.{name}` of a module is not run by this version yet",
-                "read the outputs of its submodules",
-            )
+        value = self._attention(base, name, op.span)
+        if value is not None:
+            return self._read(op, value, "output")
         raw = getattr(handle._module, name, None)
         span = self.specialiser.span(op)
         if isinstance(raw, torch.Tensor):
@@ -255,7 +256,7 @@ class Evaluator(Items):
         try:
             found = getattr(handle, name)
         except AttributeError as error:
-            self.specialiser.fail(span, str(error), "`print(model)` shows the tree of its modules")
+            self.specialiser.fail(span, str(error), handle._shown)
         if is_handle(found):
             return self._module_value(found, module, op.span)
         if isinstance(found, list) and all(map(is_handle, found)):
@@ -271,6 +272,21 @@ class Evaluator(Items):
         own_text = f"{module.text}.{name}" if not handle._path else f"{path}.{name}"
         kept.fact = Known(found, own_text)
         return kept
+
+    def _attention(self, base: Abstract, name: str, span: Span) -> Abstract | None:
+        """What attention computes, where that is what a name on a module, or on one of its calls, means."""
+        module = base.fact.module if isinstance(base.fact, SiteCalls) else base.fact
+        if name not in ATTENTION_VALUES or not isinstance(module, SiteModule) or hasattr(module.handle._module, name):
+            return None
+        try:
+            found = module.handle._attention(name)
+        except AttributeError as error:
+            self.specialiser.fail(span, str(error), "`print(model)` shows the tree of its modules")
+        value = self._module_value(found, module, span)
+        if isinstance(base.fact, SiteCalls):
+            assert isinstance(value.fact, SiteModule)
+            value.fact = SiteCalls(value.fact, base.fact.call)
+        return value
 
     def _of_tracer(self, op: ops.Attribute | ops.Read, base: Abstract, forward: Value, name: str) -> Abstract:
         if name in ("result", "output") and self.specialiser.forward is not None:
@@ -290,6 +306,9 @@ class Evaluator(Items):
     def set_attribute(self, op: ops.SetAttribute | ops.Write, base: Abstract, name: str, value: Abstract) -> None:
         self.resolved(base)
         span = self.specialiser.span(op)
+        attention = self._attention(base, name, op.span)
+        if attention is not None:
+            base, name = attention, "output"
         match base.fact:
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
                 module, call, rows = self.specialiser.site(base, op.span)

@@ -20,9 +20,12 @@ from nnsight_compiler.passes.roots import is_outside
 
 EventPort = OneOf["output", "skip", "input"]
 
+ATTENTION_VALUES = ("pattern", "scores", "q", "k", "v", "z")
+"""What attention modules compute, by names that are the same on every architecture."""
+
 
 class Order(Protocol):
-    """When the modules of a model run within one forward."""
+    """When the modules of a model, and the operations inside of them that a program names, run within one forward."""
 
     def time(self, path: str, port: OneOf["output", "input"], call: int = 0) -> int:
         """The place of an event in the forward. Raises `KeyError` where it does not happen."""
@@ -32,6 +35,9 @@ class Order(Protocol):
 
     def within(self, path: str, call: int = 0) -> Mapping[str, int]:
         """How often each module runs inside one call of a module."""
+
+    def why_not(self, path: str) -> tuple[str, str] | None:
+        """Why an operation cannot be addressed, and the way out; `None` where it only does not run."""
 
 
 Orders = Callable[[ops.Forward], Order]
@@ -73,6 +79,8 @@ def locate(path: str, port: EventPort, call: int | None, span: Span, order: Orde
     """The place of a site in the forward; errors point to `span`."""
     count = order.count(path)
     name = path or "the model"
+    if count == 0 and ":" in path:
+        raise CompileError([_no_operation(path, span, order)])
     if count == 0:
         raise CompileError(
             [
@@ -106,6 +114,31 @@ def locate(path: str, port: EventPort, call: int | None, span: Span, order: Orde
     number = 0 if call is None else call % count
     time = 2 * order.time(path, "input", number) + 1 if port == "skip" else 2 * order.time(path, port, number)
     return Place(path, port, None if count == 1 else number, time)
+
+
+def _no_operation(path: str, span: Span, order: Order) -> Diagnostic:
+    told = order.why_not(path)
+    if told is not None:
+        return Diagnostic(span, *told)
+    module, _, name = path.rpartition(":")
+    if name in ATTENTION_VALUES:
+        return Diagnostic(
+            span,
+            f"`{path}` is never computed in this forward: `{module}` takes another way on these inputs",
+            f"`print(….source)` of `{module}` shows its operations, which can be read and written",
+        )
+    return Diagnostic(
+        span,
+        f"`{path}` is never run in this forward",
+        "its lines are not reached on these inputs; address an operation that runs",
+    )
+
+
+def operations(region: Region) -> frozenset[str]:
+    """The paths of the operations inside of modules that a specialised program reads and writes."""
+    accesses = (op for op in walk(region) if isinstance(op, (ops.Read, ops.Write, ops.Skip)))
+    paths = (op.module.path for op in accesses if isinstance(op.module, Module))
+    return frozenset(path for path in paths if ":" in path)
 
 
 def forwards(region: Region) -> Iterator[ops.Forward]:

@@ -60,6 +60,7 @@ class Specialised:
     unsure: for a block, exports of which only the run can tell whether they are such values.
     stages: where the names of each stage come from, by the name of its result.
     orders: in which order the model of each forward runs its modules, as later passes found it.
+    recomputed: the attention modules whose attention is computed anew, since their own gives no pattern.
     """
 
     program: Program
@@ -73,6 +74,7 @@ class Specialised:
     unsure: Mapping[str, Span]
     stages: Mapping[str, Frame]
     orders: Mapping[str, Order] = field(default_factory=dict)
+    recomputed: frozenset[str] = frozenset()
 
 
 def specialise(program: Program, subject: Subject) -> Specialised:

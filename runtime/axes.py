@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, final
 from typing import Literal as OneOf
@@ -123,6 +123,7 @@ def infer_axes(
     kwargs: Mapping[str, Any] | None = None,
     inputs: InputAxes | None = None,
     cut: bool = True,
+    operations: Collection[str] = (),
 ) -> Axes:
     """Finds the axes of every value in the forward of `module` on arguments of this kind.
 
@@ -132,11 +133,12 @@ def infer_axes(
     Args:
         inputs: which dimensions of the arguments are rows and tokens; by default what `input_axes` says.
         cut: whether a model of many equal layers may be cut to the first ones for the runs.
+        operations: the operations inside of modules that are looked at as well, by their paths.
     """
     kwargs = dict(kwargs or {})
     inputs = input_axes(module, args, kwargs) if inputs is None else inputs
     with torch.inference_mode(False), torch.no_grad(), generators_kept(module):
-        return _Inference(module, args, kwargs, plan_cut(module) if cut else None).axes(inputs)
+        return _Inference(module, args, kwargs, plan_cut(module) if cut else None, operations).axes(inputs)
 
 
 class _RefutedError(Exception):
@@ -169,8 +171,15 @@ class _Hypothesis:
 class _Inference:
     """One model and one kind of arguments, and the hypotheses that are tried on them."""
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut | None) -> None:
-        self.module, self.args, self.kwargs, self.cut = module, args, kwargs, cut
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cut: Cut | None,
+        operations: Collection[str],
+    ) -> None:
+        self.module, self.args, self.kwargs, self.cut, self.operations = module, args, kwargs, cut, operations
         self.stand_ins: list[Fakes | Reals] = [Fakes(module, args, kwargs)]
         if has_weights(module):
             self.stand_ins.append(Reals())
@@ -267,7 +276,7 @@ class _Inference:
             inputs = pytree.tree_map(_copied, (self.args, self.kwargs))
         args, kwargs = pytree.tree_map_only(torch.Tensor, stand_in.as_input, inputs)
         with stand_in.running_on_numbers():
-            return record(shadowed(shadow, stand_in), args, kwargs)
+            return record(shadowed(shadow, stand_in), args, kwargs, self.operations)
 
 
 @final

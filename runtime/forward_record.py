@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 from typing import Literal as OneOf
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from nnsight_compiler.runtime.active import ACTIVE
 from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.operations import Operations
 
 
 @final
@@ -41,8 +43,11 @@ Record = dict[Event, Leaves]
 """The leaves of what stood at each event, and their structure; at an input that of `(args, kwargs)`."""
 
 
-def record(shadow: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
-    """Runs a forward of a shadow and says what stood at each event, in the order in which they happened."""
+def record(
+    shadow: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], operations: Collection[str] = ()
+) -> Record:
+    """Runs a forward of a shadow and says what stood at each event, at modules and these operations inside of them, in
+    the order in which they happened."""
     found: dict[Event, Leaves] = {}
     calls: Counter[str] = Counter()
     running: dict[str, list[int]] = {}
@@ -65,10 +70,17 @@ def record(shadow: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
         return hook
 
-    for path, part in shadow.named_modules():
+    run = object()
+    inside = Operations(shadow, run)
+    inside.refused = {}
+    parts: list[tuple[str, Any]] = list(shadow.named_modules())
+    known = {path for path, _ in parts}
+    parts += [(path, inside.operation(path)) for path in sorted(operations) if path.partition(":")[0] in known]
+    for path, part in parts:
         part.register_forward_pre_hook(before(path), with_kwargs=True)
         part.register_forward_hook(after(path))
-    shadow(*args, **kwargs)
+    with ACTIVE.running(run):
+        shadow(*args, **kwargs)
     return found
 
 

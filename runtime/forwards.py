@@ -6,7 +6,6 @@ registered it: another thread, a run inside this one, and a module that the body
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
@@ -18,6 +17,8 @@ from torch import nn
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
+from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
+from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
 from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
 from nnsight_compiler.runtime.skipping import Left, Skipped
@@ -35,15 +36,6 @@ class Runnable(Protocol):
     def _ready(self) -> nn.Module: ...
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
     def _batch(self, given: Sequence[Given], options: Mapping[str, Any]) -> Batch: ...
-
-
-class _Active(threading.local):
-    """The run whose hooks act in this thread, while the model runs and no site function does."""
-
-    run: object = None
-
-
-_ACTIVE = _Active()
 
 
 class _Stop(BaseException):
@@ -132,13 +124,14 @@ class Forward:
         shapes = _shapes(args, kwargs) if self.stops else None
         stops = shapes in self._whole and not root.training
         last = len(self.sites) - 1
-        handles: list[Any] = []
+        operations = Operations(root, run)
+        handles: list[Any] = [operations]
         starts: dict[int, _Started] = {}
         stopped: _Stop | None = None
         before = _ACTIVE.run
         try:
             for index, site in enumerate(self.sites):
-                module = self._module(root, site)
+                module = operations.operation(site.path) if ":" in site.path else self._module(root, site)
                 ends = stops and index == last
                 if site.port == "output":
                     started = None if site.call is None else _Started(run)

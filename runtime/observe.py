@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 from typing import Literal as OneOf
@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from nnsight_compiler.ir.types import Dimension, TensorType
+from nnsight_compiler.runtime.active import ACTIVE
+from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.shadow import (
     Fakes,
     Reals,
@@ -56,6 +58,8 @@ class Observation:
     shape: for each event at which a tensor stood, its dtype and shape.
     mutated_later: the events at which a tensor stood that the model wrote to in place afterwards.
     since: for each event at which a tensor stood (of a tuple, its first), when that same tensor stood anywhere first.
+    refused: the operations that were asked for and are none, each with the reason and the way out.
+    recomputed: the attention modules whose attention was computed anew, for its pattern or scores.
     """
 
     events: tuple[Event, ...]
@@ -66,6 +70,8 @@ class Observation:
     shape: Mapping[Event, TensorType | None] = field(default_factory=dict)
     mutated_later: frozenset[Event] = frozenset()
     since: Mapping[Event, int] = field(default_factory=dict)
+    refused: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    recomputed: frozenset[str] = frozenset()
     _times: dict[Event, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,10 +90,24 @@ class Observation:
         start, end = self.time(path, "input", call), self.time(path, "output", call)
         return Counter(event.path for event in self.events[start + 1 : end] if event.port == "input")
 
+    def why_not(self, path: str) -> tuple[str, str] | None:
+        """Why an operation cannot be addressed, and the way out; `None` where it only did not run."""
+        if self.how == "registered":
+            return (
+                "which operations a module runs is seen by running it once, and no input is known here to do so with",
+                "give the model's input as an argument of the experiment",
+            )
+        return self.refused.get(path)
 
-def observe(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Observation:
-    """Runs one forward of `module` on a shadow of it and says what happened. The module and the arguments stay as
-    they are, and so do the states of the random generators.
+
+def observe(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    operations: Collection[str] = (),
+) -> Observation:
+    """Runs one forward of `module` on a shadow of it and says what happened, to modules and to these operations inside
+    of them. The module and the arguments stay as they are, and so do the states of the random generators.
 
     Raises: what the model itself raises on these arguments. With weights that are not loaded (on the meta device) and
         code that looks at numbers, what torch says of that.
@@ -95,16 +115,21 @@ def observe(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
     kwargs = dict(kwargs or {})
     with torch.inference_mode(False), torch.no_grad(), generators_kept(module):
         try:
-            return _run(module, args, kwargs, Fakes(module, args, kwargs), "")
+            return _run(module, args, kwargs, Fakes(module, args, kwargs), "", operations)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             if not has_weights(module):
                 raise
-        return _run(module, args, kwargs, Reals(), reason)
+        return _run(module, args, kwargs, Reals(), reason, operations)
 
 
 def _run(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stand_in: Fakes | Reals, reason: str
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    stand_in: Fakes | Reals,
+    reason: str,
+    operations: Collection[str],
 ) -> Observation:
     memo: dict[int, Any] = {}
     for tensor in (*tensors_of(module), *tensors_in((args, kwargs))):
@@ -112,8 +137,8 @@ def _run(
             memo[id(tensor)] = stand_in(tensor)
     shadow = shadow_of(module, memo, fake=stand_in.how == "fake")
     args, kwargs = copy.deepcopy((args, kwargs), memo)
-    recorder = _Recorder(shadow)
-    with stand_in.running():
+    recorder = _Recorder(shadow, operations)
+    with stand_in.running(), ACTIVE.running(recorder):
         shadow(*args, **kwargs)
     return recorder.observation(stand_in.how, reason)
 
@@ -121,7 +146,9 @@ def _run(
 class _Recorder:
     """Hooks on every module of a shadow, and what they saw."""
 
-    def __init__(self, shadow: nn.Module) -> None:
+    def __init__(self, shadow: nn.Module, operations: Collection[str]) -> None:
+        self.operations = Operations(shadow, self)
+        self.operations.refused = {}
         self.events: list[Event] = []
         self.calls: Counter[str] = Counter()
         self.kind: dict[Event, Kind] = {}
@@ -130,7 +157,9 @@ class _Recorder:
         self.open: dict[str, list[int]] = {}
         self.first: dict[int, int] = {}
         self.since: dict[Event, int] = {}
-        for path, part in shadow.named_modules():
+        parts: list[tuple[str, Any]] = list(shadow.named_modules())
+        parts += [(path, self.operations.operation(path)) for path in sorted(operations)]
+        for path, part in parts:
             part.register_forward_pre_hook(self._on_input(path), with_kwargs=True)
             part.register_forward_hook(self._on_output(path))
 
@@ -165,7 +194,16 @@ class _Recorder:
     def observation(self, how: OneOf["fake", "real"], reason: str) -> Observation:
         mutated = frozenset(event for event, tensor, version in self.versions if tensor._version != version)
         return Observation(
-            tuple(self.events), dict(self.calls), how, reason, self.kind, self.shape, mutated, self.since
+            tuple(self.events),
+            dict(self.calls),
+            how,
+            reason,
+            self.kind,
+            self.shape,
+            mutated,
+            self.since,
+            self.operations.refused or {},
+            frozenset(self.operations.recomputed),
         )
 
 

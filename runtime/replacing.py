@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, Protocol, final
 
-from torch import nn
-
 Replacement = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """`(plain, args, kwargs) -> output`: what is done in the place of `plain(*args, **kwargs)`."""
 
@@ -36,7 +34,7 @@ class _StandIn:
     runs: the replacements of each run, the innermost first.
     """
 
-    def __init__(self, module: nn.Module, acting: Acting) -> None:
+    def __init__(self, module: Any, acting: Acting) -> None:
         self.module, self.acting = module, acting
         self.own = vars(module).get("forward")
         self.plain: Callable[..., Any] = module.forward
@@ -63,7 +61,7 @@ def _around(replacement: Replacement, forward: Callable[..., Any]) -> Callable[.
 class Replaced:
     """A replacement that is in place. `remove` puts back what was there."""
 
-    def __init__(self, module: nn.Module, acting: Acting, run: object, replacement: Replacement) -> None:
+    def __init__(self, module: Any, acting: Acting, run: object, replacement: Replacement) -> None:
         """Has `replacement` called in the place of the module's forward, in `run` alone."""
         self.run, self.replacement = run, replacement
         with _lock:

@@ -19,9 +19,11 @@ from torch import nn
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models.aliases import INSIDE_A_TRACE
 from nnsight_compiler.models.names import NoStandardModule, standard_names, stands_for
+from nnsight_compiler.passes.sites import ATTENTION_VALUES
 
 if TYPE_CHECKING:
     from nnsight_compiler.models.nnsight import NNsight
+    from nnsight_compiler.models.source import OperationView, SourceView
 
 _INDEXED = (nn.ModuleList, nn.Sequential)
 
@@ -63,6 +65,11 @@ class ModuleView:
         """The torch module that stands at the path now."""
         return module_at(self._root, self._path)
 
+    @property
+    def _shown(self) -> str:
+        """Where to look for names that exist, for messages."""
+        return "`print(model)` shows the tree of its modules"
+
     # `Any`: what a name gives is known to the torch module alone.
     def __getattr__(self, name: str) -> Any:
         if name in ("_root", "_path", "_wrapped"):  # not yet set: asking the model for them would ask for them again
@@ -98,7 +105,29 @@ class ModuleView:
     def _child(self, name: str) -> ModuleView:
         return view_at(self._root, _join(self._path, name))
 
+    @property
+    def source(self) -> SourceView:
+        """The operations inside of its forward: to be printed, and inside a trace to be read and written."""
+        from nnsight_compiler.models.source import SourceView  # it is built on this module
+
+        return SourceView(self._root, self._path)
+
+    def _attention(self, name: str) -> OperationView:
+        """What attention computes here, by its name: `pattern`, `q`, …"""
+        from nnsight_compiler.models.attention import NoAttention, attention_below  # as above
+        from nnsight_compiler.models.source import OperationView
+
+        try:
+            below = attention_below(self._module, name)
+        except NoAttention as error:
+            raise UnknownModuleError(f"{describe(self)} has no `{name}`: {error}", name=name) from None
+        return OperationView(self._root, f"{canonical_path(self._root, _join(self._path, below))}:{name}")
+
     def _submodule(self, name: str) -> Any:
+        if ":" in name:
+            from nnsight_compiler.models.source import OperationView  # as above
+
+            return OperationView(self._root, _join(self._path, name))
         view: Any = self
         for part in name.split("."):
             module = view._module
@@ -199,9 +228,12 @@ def resolve(root: NNsight, path: str, name: str) -> Any:
     if hasattr(module, name):
         return _present(root, path, lambda at: getattr(at, name))
     found = named(root, path, name)
-    if found is None:
-        raise _unknown(root, path, name)
-    return found
+    if found is not None:
+        return found
+    if name in ATTENTION_VALUES:
+        view_at(root, path)._attention(name)
+        raise OutsideTraceError(f"`.{name}` of {describe_at(root, path)} exists inside `with model.trace(…)` only")
+    raise _unknown(root, path, name)
 
 
 def named(root: NNsight, path: str, name: str) -> ModuleView | None:

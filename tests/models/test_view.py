@@ -103,7 +103,7 @@ def test_an_unknown_name_names_the_nearest_and_the_path(model: NNsight):
 
 
 def test_sites_are_for_traces(model: NNsight):
-    for name in ("output", "input", "inputs", "calls", "skip", "source"):
+    for name in ("output", "input", "inputs", "calls", "skip"):
         with pytest.raises(OutsideTraceError, match=r"inside `with model\.trace"):
             getattr(model.layers[0].attn, name)
     with pytest.raises(OutsideTraceError, match="cannot be set"):
