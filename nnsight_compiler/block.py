@@ -154,15 +154,16 @@ class Trace:
                 exported = {**exported, name: self}
         _write(frame, exported)
         self._before = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
-
-        def leave(frame: FrameType, event: str, argument: Any) -> Any:
-            if event == "opcode":
-                raise _Skip
-            return leave
-
-        frame.f_trace = leave
+        frame.f_trace = _leave
         frame.f_trace_opcodes = True
         sys.settrace(lambda *_: None)
+
+
+def _leave(frame: FrameType, event: str, argument: Any) -> Any:
+    """Traces a frame whose `with` has run already: raises at the next instruction."""
+    if event == "opcode":
+        raise _Skip
+    return _leave
 
 
 def _enter(key: _Key, frame: FrameType) -> _Site:

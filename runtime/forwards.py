@@ -161,7 +161,7 @@ class Forward:
         except _Stop as stop:
             if stop.run is not run:
                 raise
-            stopped = stop
+            stopped = stop.with_traceback(None)  # which would hold this frame, and this frame holds it
         finally:
             _ACTIVE.run = before
             for handle in handles:

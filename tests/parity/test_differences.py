@@ -135,6 +135,18 @@ def a_value_of_another_invoke_without_a_barrier(peer: Outcome, found: Outcome) -
 
 
 @check
+def a_trace_and_an_invoke_in_one_with(peer: Outcome, found: Outcome) -> None:
+    raised(peer, "AttributeError")
+    found_there: list[torch.Tensor] = []
+    layer = plain("model").transformer.h[1]
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: found_there.append(output))
+    with torch.no_grad():
+        plain("model")(**tokenizer()("The Eiffel Tower is in the city of", return_tensors="pt"))
+    handle.remove()
+    torch.testing.assert_close(found["value"], found_there[0], atol=1e-4, rtol=1e-4)
+
+
+@check
 def gradients_in_the_order_of_the_forward(peer: Outcome, found: Outcome) -> None:
     raised(peer, "OutOfOrderError", ".grad.i0")
     net = plain("net")

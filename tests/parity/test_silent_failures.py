@@ -178,7 +178,7 @@ def a_gradient_outside_of_a_backward(peer: Outcome, found: Outcome) -> None:
 @check
 def a_typo_in_a_new_name(peer: Outcome, found: Outcome) -> None:
     assert peer["value"] == [1, 8, 1007]
-    refused(found, "ModelError", None, "transformer.hh")
+    refused(found, "RenameError", None, "'transformer.hh' means no module", "did you mean transformer.h")
 
 
 @check

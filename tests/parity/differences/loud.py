@@ -93,6 +93,18 @@ def a_value_of_another_invoke_without_a_barrier(model):
     return logits
 
 
+def a_trace_and_an_invoke_in_one_with(model):
+    """A trace and its only invoke stand in one `with`.
+
+    nnsight: `AttributeError`.
+    here: works.
+    why: D5; in Python, one `with` of two items is two nested ones.
+    """
+    with model.trace() as tracer, tracer.invoke(PROMPT):
+        hidden = model.transformer.h[1].output.save()
+    return hidden
+
+
 def gradients_in_the_order_of_the_forward(net):
     """Gradients are read from the first layer to the last.
 

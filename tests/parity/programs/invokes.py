@@ -114,6 +114,7 @@ def ids_in_invokes(llama):
 
 
 def one_invoke(model):
-    with model.trace() as tracer, tracer.invoke(LONG):
-        hidden = model.transformer.h[1].output.save()
+    with model.trace() as tracer:  # noqa: SIM117 - nnsight takes no invoke on the line of its trace
+        with tracer.invoke(LONG):
+            hidden = model.transformer.h[1].output.save()
     return hidden
