@@ -336,14 +336,14 @@ def _region(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> tuple[torch
                     tensor = tensor.narrow(dim, padding, size - padding)
             case Extent(constant=0, rows=0, tokens=0, rows_tokens=times):
                 each, rest = divmod(size, rows)
-                if rest or each % times:
+                if rest:
                     raise CannotDivideError(f"a dimension of {size} is not {extent} for {rows} rows")
+                if times > 1:
+                    raise CannotDivideError(f"a dimension of it counts {extent}, in an order that is not known")
                 tensor = tensor.narrow(dim, part.start * each, part.rows * each)
-                padding = share.padding(each // times)
+                padding = share.padding(each)
                 if not padding:
                     continue
-                if times > 1:
-                    raise CannotDivideError(f"it has {extent} entries in a row, some of which are padding's")
                 if part.rows == 1:
                     tensor = tensor.narrow(dim, padding, each - padding)
                 else:

@@ -6,7 +6,7 @@ gives what it gives alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def _names(given: Given) -> str:
     return ", ".join(place for place, _ in places(*given)) or "nothing"
 
 
-def padded(given: Sequence[Mapping[str, Any]], padding_id: int, takes: Mapping[str, Any]) -> Batch:
+def padded(given: Sequence[Mapping[str, Any]], padding_id: int, takes: Collection[str]) -> Batch:
     """One forward's arguments for these prompts of a language model, each given as the arguments of a forward of its
     own. A mask and positions are always given where the model takes them, so that all batches are of one kind.
 
@@ -127,7 +127,7 @@ def padded(given: Sequence[Mapping[str, Any]], padding_id: int, takes: Mapping[s
     return Batch((), kwargs, tuple(parts), start, longest)
 
 
-def _with_positions(given: Mapping[str, Any], main: str, takes: Mapping[str, Any]) -> dict[str, Any]:
+def _with_positions(given: Mapping[str, Any], main: str, takes: Collection[str]) -> dict[str, Any]:
     """The arguments with a mask and positions."""
     made = dict(given)
     shape = given[main].shape[:2]
