@@ -121,7 +121,7 @@ def padded(given: Sequence[Mapping[str, Any]], padding_id: int, takes: Collectio
     parts, start = [], 0
     for each, length in zip(whole, lengths, strict=True):
         rows = each[main].shape[0]
-        own = _own_lengths(each.get("attention_mask"))
+        own = own_lengths(each.get("attention_mask"))
         parts.append(Part(start, start + rows, longest - length, length, own))
         start += rows
     return Batch((), kwargs, tuple(parts), start, longest)
@@ -170,7 +170,7 @@ def _stacked(name: str, values: list[Any], lengths: Sequence[int], padding_id: i
     return torch.cat(made, 0)
 
 
-def _own_lengths(mask: Any) -> tuple[int, ...]:
+def own_lengths(mask: Any) -> tuple[int, ...]:
     """How many tokens each row has, where it has fewer than the rectangle."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or bool(mask.all()):
         return ()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
-from nnsight_compiler.models.batches import padded
+from nnsight_compiler.models.batches import own_lengths, padded
 from nnsight_compiler.models.checkpoint import Checkpoint, locate
 from nnsight_compiler.models.nnsight import NNsight
 from nnsight_compiler.models.padding import padding_position, require_padding_harmless
@@ -134,6 +134,12 @@ class LanguageModel(NNsight):
         if any(part.padding or part.lengths for part in batch.parts):
             require_padding_harmless(self, self._padding_id())
         return replace(batch, kwargs={**plain, **batch.kwargs})
+
+    def _lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        prompt = args[0] if args else kwargs.get("input_ids")
+        if not isinstance(prompt, list):
+            return ()
+        return own_lengths(self._prepare((prompt,), {})[1].get("attention_mask"))
 
     def _takes(self) -> frozenset[str]:
         """The parameters of the model's forward that a prompt may be given by."""
