@@ -14,7 +14,7 @@ from typing import Literal as OneOf
 import torch
 from torch import nn
 
-from nnsight_compiler.ir.errors import RunError
+from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
@@ -117,7 +117,7 @@ class Forward:
         grad = kwargs.pop("grad", False)
         root = ready(model)
         if invokes:
-            args, kwargs = self._batched(model, model._batch(invokes, kwargs), state)
+            args, kwargs = self._batched(model, invokes, kwargs, state)
         else:
             args, kwargs = prepared(model, args, kwargs)
         run = object()
@@ -184,8 +184,12 @@ class Forward:
         if shapes is not None and stopped is None and all(site.calls is None for site in self.sites):
             self._whole.add(shapes)
 
-    def _batched(self, model: Runnable, batch: Batch, state: Any) -> Given:
+    def _batched(self, model: Runnable, invokes: tuple[Given, ...], options: Mapping[str, Any], state: Any) -> Given:
         """The arguments of the forward for a batch, each invoke's share of which goes into the state."""
+        try:
+            batch = model._batch(invokes, options)
+        except ModelError as error:
+            raise RunError(f"{self.span}: {error}") from None
         sizes = Sizes(batch.rows, batch.tokens)
         if self.axes is not None:
             sizes.axes = self.axes(model, (batch.args, batch.kwargs))
