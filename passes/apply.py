@@ -365,6 +365,12 @@ class Calls(Inlining):
                 return value
             case Known(value=held) if immutable(held):
                 return value
+            case Known(value=held) if callable(getattr(type(held), "save", None)):
+                self.specialiser.fail(
+                    span,
+                    f"`.save()` keeps a value here, but a `{type(held).__name__}` has a method of that name",
+                    "call it outside of the `with`",
+                )
         result = self.specialiser.builder.fresh(op.result.name)
         self.specialiser.emit(ops.Save(result, self.specialiser.use(value), span=span))
         return Abstract(result, None, value.loops, 0, span, value.at_run)

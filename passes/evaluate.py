@@ -27,6 +27,7 @@ from nnsight_compiler.passes.facts import (
     Iteration,
     Known,
     Method,
+    OpenSession,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -166,6 +167,12 @@ class Evaluator(Items):
                 )
             case Tracer(forward=forward):
                 return self._of_tracer(op, base, forward, name)
+            case OpenSession():
+                self.specialiser.fail(
+                    op.span,
+                    f"a session has no `.{name}`",
+                    "write `with model.trace(…):` inside it, and plain Python loops and conditions around traces",
+                )
             case Known():
                 kept = self._keep_attribute(op, base, name)
                 found = self._known_attribute(base.fact, name)
@@ -194,7 +201,7 @@ class Evaluator(Items):
     def _perhaps_a_module(self, base: Abstract, name: str, span: Span) -> None:
         """Has a stage know what was made before this forward and is now asked for a site: it may be a module."""
         running = self.specialiser.forward
-        if name not in PORTS or running is None or base.live or self.specialiser.program.kind == "block":
+        if name not in PORTS or running is None or base.live or self.specialiser.one_stage:
             return
         if not self.specialiser.made_inside(base):
             self.specialiser.unknown(base, span, "which module this is")

@@ -21,6 +21,7 @@ from nnsight_compiler.ir.ops import (
     Read,
     Region,
     Save,
+    Session,
     SetItem,
     Skip,
     Stage,
@@ -193,6 +194,8 @@ class _Generator(Statements):
         match op:
             case ForwardOp():
                 return self._forward(op)
+            case Session(body=body):
+                return self.block(body.ops)
             case Read(result=result, port=port):
                 self.reads[result.name] = port
                 if result.name in self.direct:

@@ -68,6 +68,18 @@ class NNsight(ModuleView):
 
         return Trace(self, "trace", args, kwargs)
 
+    def session(self, *args: Any, **kwargs: Any) -> Trace:
+        """Several traces as one program: `with model.session():` and traces inside it, whose values flow from one to
+        the next without being saved."""
+        if args or kwargs:
+            named = ", ".join((*map(repr, args), *kwargs))
+            raise TraceArgumentError(
+                f"`.session()` takes no arguments ({named}): its traces run in this process, one after the other"
+            )
+        from nnsight_compiler.block import Trace  # it is built on this module
+
+        return Trace(self, "session", (), {})
+
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: this version runs experiments on single forwards."""
         self._check_arguments("generate", kwargs.keys())
