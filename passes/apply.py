@@ -32,6 +32,7 @@ from nnsight_compiler.passes.facts import (
 )
 from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
 from nnsight_compiler.passes.known_calls import METHODS, known_function, known_method, names_class
+from nnsight_compiler.passes.observed_calls import is_observed, observe
 
 if TYPE_CHECKING:
     pass
@@ -62,6 +63,9 @@ class Calls(Inlining):
         match function.fact:
             case Function() as fact:
                 return self._closure(op, function, fact, arguments)
+            case SiteModule() as module if is_observed(self.specialiser, arguments, op.span):
+                kept = self._kept(op, function, arguments, MODULE_CALL)
+                return observe(self.specialiser, module, kept, self.specialiser.span(op))
             case SiteModule():
                 return self._kept(op, function, arguments, MODULE_CALL)
             case SiteCalls() | Tracer():

@@ -330,6 +330,7 @@ class ControlFlow(Interpretation):
         self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments)
         self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
+        self.observed = {}
         self.forward = Forwarding(result, module, span, op, self.builder.depth)
         outer, self.conditions = self.conditions, []
         with self.builder.region() as made:

@@ -37,6 +37,7 @@ from nnsight_compiler.passes.facts import (
     python_module,
 )
 from nnsight_compiler.passes.items import Items
+from nnsight_compiler.passes.observed_calls import read_inside
 
 if TYPE_CHECKING:
     from nnsight_compiler.passes.interpretation import Interpretation
@@ -283,6 +284,11 @@ class Evaluator(Items):
         return Abstract(None, Method(base, name), span=op.span)
 
     def _read(self, op: ops.Attribute | ops.Read, base: Abstract, port: str) -> Abstract:
+        if isinstance(base.fact, SiteModule):
+            span, name = self.specialiser.span(op), op.result.name
+            inside = read_inside(self.specialiser, base.fact, port, name, span)
+            if inside is not None:
+                return inside
         module, call = self.specialiser.site(base, op.span)
         result = self.specialiser.builder.fresh(op.result.name)
         span = self.specialiser.span(op)
@@ -293,6 +299,14 @@ class Evaluator(Items):
         self.resolved(base)
         span = self.specialiser.span(op)
         match base.fact:
+            case SiteModule(handle=handle) if name in PORTS and any(
+                handle._path == path or handle._path.startswith(f"{path}.") for path in self.specialiser.observed
+            ):
+                self.specialiser.fail(
+                    span,
+                    f"`{handle._path}` is called in the body, and what happens inside of that call cannot be changed",
+                    "call its parts one by one, and change the values between them",
+                )
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
                 module, call = self.specialiser.site(base, op.span)
                 self.specialiser.emit(ops.Write(module, _port(name), self.specialiser.use(value), call, span=span))

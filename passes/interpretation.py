@@ -113,6 +113,7 @@ class Interpretation:
         self.frame = Frame(subject.globals, subject.closure, program.name, own=True)
         self.forward: Forwarding | None = None
         self.session: Span | None = None
+        self.observed: dict[str, Abstract] = {}
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]] | None] = {}
         self.models: dict[str, Any] = {}
         self.conditions: list[tuple[int, Abstract]] = []

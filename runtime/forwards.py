@@ -80,17 +80,25 @@ class Forward:
     copies: whether the functions may write in place: the model is then given copies, lest a site be a caller's tensor.
     brings: the names in the state of what comes from outside of the forward; gradients are recorded where one of these
         requires them.
+    own: the paths of the modules that the body calls: where one was attached, and is trained, gradients are recorded.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("_whole", "brings", "copies", "sites", "span", "stops")
+    __slots__ = ("_whole", "brings", "copies", "own", "sites", "span", "stops")
 
     def __init__(
-        self, sites: tuple[SitePlan, ...], stops: bool, copies: bool, brings: tuple[str, ...], span: Span
+        self,
+        sites: tuple[SitePlan, ...],
+        stops: bool,
+        copies: bool,
+        brings: tuple[str, ...],
+        span: Span,
+        own: frozenset[str] = frozenset(),
     ) -> None:
         self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
+        self.own = own
         self._whole: set[Any] = set()
 
     def run(self, model: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
@@ -130,6 +138,8 @@ class Forward:
                     hook = _input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _ACTIVE.run = run
+            own = (resolve(model, path) for path in self.own & getattr(model, "_attached", set()))
+            grad = grad or any(map(_requires_grad, own))
             records = torch.is_grad_enabled() and (grad or self._records(state, args, kwargs))
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})

@@ -54,6 +54,12 @@ class NNsight(ModuleView):
         super().__init__(self, "")
         self._wrapped = module
         self._token = next(_tokens)
+        self._attached: set[str] = set()
+
+    def _attach(self, path: str, gone: bool = False) -> None:
+        """Notes a module that was attached or taken away: what was compiled for this model before is compiled anew."""
+        (self._attached.discard if gone else self._attached.add)(path)
+        self._token = next(_tokens)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
