@@ -17,8 +17,8 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, joined
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.models.residual import stream_of
 from nnsight_compiler.ir.values import Value
+from nnsight_compiler.models.residual import stream_of
 from nnsight_compiler.passes.check_padding import check_padding
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save

@@ -165,7 +165,7 @@ def check_sites(program: Program, orders: Orders) -> Program:
                 try:
                     places[id(op)] = place_of(op, order)
                 except CompileError as error:
-                    wrong.extend(error.diagnostics)
+                    wrong.extend(_unobserved(op, body, error))
         if wrong:
             continue
         wrong.extend(_unnoticed(program, forward, body, places, memory, order))
@@ -187,6 +187,25 @@ def _scanned_in_part(program: Program) -> Iterator[Diagnostic]:
                 "scan in a function of its own",
                 ((runs[0].span, "the forward"),),
             )
+
+
+def _unobserved(op: ops.Read | ops.Write | ops.Skip, body: list[Op], error: CompileError) -> Iterator[Diagnostic]:
+    """The mistake of an access to what does not run; where the body calls it, what would make its values known."""
+    assert isinstance(op.module, Module)
+    path = op.module.path
+    for call in body:
+        if not isinstance(call, ops.Call) or not isinstance(call.function, Module):
+            continue
+        called = call.function.path
+        if path == called or path.startswith(f"{called}."):
+            yield Diagnostic(
+                op.span,
+                f"`{path}` is called in the body, and no part of the model's forward: its values are not observed",
+                "write `hook=True` among the arguments of the call, and read what is inside after that line",
+                ((call.span, "it is called here"),),
+            )
+            return
+    yield from error.diagnostics
 
 
 def _written_weights(program: Program, memory: Memory) -> Iterator[Diagnostic]:

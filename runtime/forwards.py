@@ -80,12 +80,13 @@ class Forward:
         requires them.
     invokes: for each invoke that brings input, the name in the state of its share, or nothing if no site asks for it.
     axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
+    own: the paths of the modules that the body calls: where one was attached, and is trained, gradients are recorded.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("_whole", "axes", "brings", "copies", "invokes", "sites", "span", "stops")
+    __slots__ = ("_whole", "axes", "brings", "copies", "invokes", "own", "sites", "span", "stops")
 
     def __init__(
         self,
@@ -94,11 +95,12 @@ class Forward:
         copies: bool,
         brings: tuple[str, ...],
         span: Span,
+        own: frozenset[str] = frozenset(),
         invokes: tuple[str, ...] = (),
         axes: Callable[[Any, Given], SitesAxes] | None = None,
     ) -> None:
         self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
-        self.invokes, self.axes = invokes, axes
+        self.own, self.invokes, self.axes = own, invokes, axes
         self._whole: set[Any] = set()
 
     def run(
@@ -149,6 +151,8 @@ class Forward:
                     hook = _input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _ACTIVE.run = run
+            own = (resolve(model, path) for path in self.own & getattr(model, "_attached", set()))
+            grad = grad or any(map(_requires_grad, own))
             records = torch.is_grad_enabled() and (grad or self._records(state, args, kwargs))
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})

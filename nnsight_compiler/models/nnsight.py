@@ -60,6 +60,12 @@ class NNsight(ModuleView):
         self._wrapped = module
         self._token = next(_tokens)
         self._aliases = bind(module, rename or {}, type(self))
+        self._attached: set[str] = set()
+
+    def _attach(self, path: str, gone: bool = False) -> None:
+        """Notes a module that was attached or taken away: what was compiled for this model before is compiled anew."""
+        (self._attached.discard if gone else self._attached.add)(path)
+        self._token = next(_tokens)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
@@ -81,6 +87,18 @@ class NNsight(ModuleView):
         from nnsight_compiler.block import Trace  # it is built on this module
 
         return Trace(self, "scan", args, kwargs)
+
+    def session(self, *args: Any, **kwargs: Any) -> Trace:
+        """Several traces as one program: `with model.session():` and traces inside it, whose values flow from one to
+        the next without being saved."""
+        if args or kwargs:
+            named = ", ".join((*map(repr, args), *kwargs))
+            raise TraceArgumentError(
+                f"`.session()` takes no arguments ({named}): its traces run in this process, one after the other"
+            )
+        from nnsight_compiler.block import Trace  # it is built on this module
+
+        return Trace(self, "session", (), {})
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: this version runs experiments on single forwards."""
