@@ -25,6 +25,7 @@ from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.record_gradients import record_gradients
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
@@ -43,6 +44,7 @@ PASSES = (
     "check_unused_values",
     "eliminate_dead_saves",
     "eliminate_common_subexpressions",
+    "record_gradients",
     "place",
     "copy_on_save",
 )
@@ -173,6 +175,7 @@ def lower_program(
         check_unused_values,
         dead,
         eliminate_common_subexpressions,
+        lambda source: record_gradients(source, order),
         lambda source: place(source, order),
         copy_on_save,
     )

@@ -15,6 +15,7 @@ import torch
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.values import NONE, Module, Operand
+from nnsight_compiler.passes import differentiation
 from nnsight_compiler.passes.behaviour import KnownCall
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -82,6 +83,11 @@ class Calls(Inlining):
             return transparent
         if isinstance(value, torch.nn.Module):
             return self._kept(op, function, arguments, MODULE_CALL)
+        if value is torch.autograd.grad:
+            found = differentiation.gradients(self.specialiser, op, arguments)
+            if found is not None:
+                self.specialiser.guards.rely_on_identity(function.fact)
+                return found
         known = known_function(value)
         if known is not None and known.target.startswith(METHODS):
             # The receiver is the first argument only where the method is spelled with its class.
@@ -274,6 +280,8 @@ class Calls(Inlining):
                 return self._kept(op, function, arguments, None)
             case Elements() as container:
                 return self._of_container(op, function, container, name, arguments)
+        if name == "backward" and receiver.live and not self.specialiser.closures:
+            return differentiation.backward_call(self.specialiser, op, receiver)
         if name == "save" and not arguments and receiver.live:
             return self.save(op, receiver)
         known = known_method(name)

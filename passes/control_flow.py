@@ -398,4 +398,4 @@ def emits(region: Region) -> bool:
 
 
 def _touches_model(region: Region) -> bool:
-    return any(isinstance(op, (ops.Read, ops.Write, ops.Save)) for op in walk(region))
+    return any(isinstance(op, (ops.Read, ops.Write, ops.Save, ops.Backward)) for op in walk(region))

@@ -223,6 +223,8 @@ class _Elimination:
                 return False
             case ops.Stage() | ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
                 return False
+            case ops.Gradients() | ops.Require() | ops.Track() | ops.AtGradient():
+                return True
             case ops.Bound(value=value) if isinstance(value, Unbound) or isinstance(
                 self.memory.origins.definition(value), ops.Global
             ):

@@ -76,6 +76,9 @@ class MetaRun(MetaOps):
                 return self._with(op)
             case ops.Forward():
                 return self._forward_body(op)
+            case ops.Backward():
+                how, values = self._region(op.body)
+                return (how, values) if how == "leave" else None
             case ops.Closure():
                 self._closure(op)
             case _:

@@ -28,6 +28,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Unbound, Value
+from nnsight_compiler.passes import differentiation
 from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -39,7 +40,7 @@ from nnsight_compiler.passes.facts import (
     SiteCalls,
     Tracer,
 )
-from nnsight_compiler.passes.interpretation import Completion, Subject
+from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Subject
 from nnsight_compiler.passes.staging import Staging
 
 
@@ -179,6 +180,14 @@ class Specialiser(Staging):
                 return self.with_(op)
             case ops.Forward():
                 return self.forward_(op)
+            case ops.Backward():
+                if self.closures:
+                    raise AccessInClosure
+                return differentiation.backward(self, op)
+            case ops.Grad():
+                self.scope[op.result] = differentiation.grad(self, op)
+            case ops.SetGrad():
+                differentiation.set_grad(self, op)
             case ops.Yield():
                 return Completion("yield", tuple(map(self.abstract, op.values)), self.span(op))
             case ops.Break():
@@ -192,7 +201,7 @@ class Specialiser(Staging):
             case ops.Raise():
                 self.keep(op)
                 return Completion("never")
-            case ops.Invoke() | ops.Steps() | ops.Backward() | ops.Grad() | ops.SetGrad() | ops.Skip() | ops.Stop():
+            case ops.Invoke() | ops.Steps() | ops.Skip() | ops.Stop():
                 self.fail(
                     op.span,
                     f"`{type(op).__name__.lower()}` is part of the language, but this version does not run it yet",

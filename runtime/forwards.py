@@ -17,6 +17,7 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.runtime.gradients import recorded
 
 SiteFunction = Callable[[Any, Any], Any]
 """`(value, state) -> value`: what the model goes on with."""
@@ -73,16 +74,26 @@ class Forward:
     copies: whether the functions may write in place: the model is then given copies, lest a site be a caller's tensor.
     brings: the names in the state of what comes from outside of the forward; gradients are recorded where one of these
         requires them.
+    wanted: where a gradient is asked for, which is also recorded then.
+    named: the weights whose gradients count, by their paths.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("_whole", "brings", "copies", "sites", "span", "stops")
+    __slots__ = ("_whole", "brings", "copies", "named", "sites", "span", "stops", "wanted")
 
     def __init__(
-        self, sites: tuple[SitePlan, ...], stops: bool, copies: bool, brings: tuple[str, ...], span: Span
+        self,
+        sites: tuple[SitePlan, ...],
+        stops: bool,
+        copies: bool,
+        brings: tuple[str, ...],
+        span: Span,
+        wanted: Span | None = None,
+        named: tuple[str, ...] = (),
     ) -> None:
+        self.wanted, self.named = wanted, named
         self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
         self._whole: set[Any] = set()
 
@@ -117,14 +128,15 @@ class Forward:
                     hook = _input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _ACTIVE.run = run
-            records = torch.is_grad_enabled() and (grad or self._records(state, args, kwargs))
+            wanted = grad or self.wanted is not None or self._records(state, args, kwargs)
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})
-            if torch.is_grad_enabled() and not records:
-                with torch.no_grad():
+            if self.wanted is not None or (wanted and torch.is_grad_enabled()):
+                with recorded(root, self.wanted, self.named, everything=grad):
                     root(*args, **kwargs)
             else:
-                root(*args, **kwargs)
+                with torch.no_grad():
+                    root(*args, **kwargs)
         except _Stop as stop:
             if stop.run is not run:
                 raise

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 from typing import Literal as OneOf
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from nnsight_compiler.ir.ops import Port
 from nnsight_compiler.ir.types import Dimension, TensorType
 from nnsight_compiler.runtime.shadow import (
     Fakes,
@@ -45,6 +47,24 @@ class Event:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """A tensor at an event.
+
+    number: which leaf it is of what stood there; at an input, of the pair of arguments.
+    first: where it stood first, and as which leaf.
+    given: the input of the call in which it was made, where the first argument of that is a tensor that can have a
+        gradient.
+    is_first: at an input, whether it is, or is in, the first argument.
+    """
+
+    number: int
+    first: tuple[Event, int]
+    given: Event | None
+    is_first: bool
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What one forward did.
 
@@ -55,6 +75,7 @@ class Observation:
         first argument.
     shape: for each event at which a tensor stood, its dtype and shape.
     mutated_later: the events at which a tensor stood that the model wrote to in place afterwards.
+    tensors: for each event, the floating-point tensors that stood there.
     """
 
     events: tuple[Event, ...]
@@ -64,6 +85,7 @@ class Observation:
     kind: Mapping[Event, Kind] = field(default_factory=dict)
     shape: Mapping[Event, TensorType | None] = field(default_factory=dict)
     mutated_later: frozenset[Event] = frozenset()
+    tensors: Mapping[Event, tuple[Standing, ...]] = field(default_factory=dict)
     _times: dict[Event, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +98,23 @@ class Observation:
     def count(self, path: str) -> int:
         """How often a module ran."""
         return self.calls.get(path, 0)
+
+    def beginnings(
+        self, path: str, port: OneOf["input", "output"], call: int, first: bool
+    ) -> list[tuple[str, Port, int, int]]:
+        """Where the tensors at an event (at an input, those of the `first` argument alone) stood first, and what the
+        module that made them was given: path, port, call, and the number of the tensor in what stands there."""
+        event = Event(path, port, call)
+        found: dict[tuple[str, Port, int, int], None] = {}
+        for tensor in self.tensors.get(event, ()):
+            if port == "input" and first and not tensor.is_first:
+                continue
+            if tensor.given is not None:
+                found[tensor.given.path, "input", tensor.given.call, 0] = None
+            start, number = tensor.first
+            if start != event:
+                found[start.path, "inputs" if start.port == "input" else "output", start.call, number] = None
+        return list(found)
 
 
 def observe(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Observation:
@@ -120,7 +159,11 @@ class _Recorder:
         self.kind: dict[Event, Kind] = {}
         self.shape: dict[Event, TensorType | None] = {}
         self.versions: list[tuple[Event, torch.Tensor, int]] = []
+        self.held: list[torch.Tensor] = []
         self.open: dict[str, list[int]] = {}
+        self.running: list[Event] = []
+        self.tensors: dict[Event, tuple[Standing, ...]] = {}
+        self.first: dict[int, tuple[tuple[Event, int], Event | None]] = {}
         for path, part in shadow.named_modules():
             part.register_forward_pre_hook(self._on_input(path), with_kwargs=True)
             part.register_forward_hook(self._on_output(path))
@@ -131,13 +174,16 @@ class _Recorder:
             self.calls[path] += 1
             self.open.setdefault(path, []).append(call)
             first = args[0] if args else next(iter(kwargs.values()), None)
-            self._record(Event(path, "input", call), first, (args, kwargs))
+            event = Event(path, "input", call)
+            self._record(event, first, (args, kwargs))
+            self.running.append(event)
 
         return hook
 
     def _on_output(self, path: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
             self._record(Event(path, "output", self.open[path].pop()), output, output)
+            self.running.pop()
 
         return hook
 
@@ -146,10 +192,27 @@ class _Recorder:
         self.kind[event] = _kind(value)
         self.shape[event] = _type(value) if isinstance(value, torch.Tensor) else None
         self.versions += [(event, tensor, tensor._version) for tensor in tensors_in(reachable)]
+        self.tensors[event] = tuple(self._standing(event, value, reachable))
+
+    def _standing(self, event: Event, value: object, reachable: object) -> Iterator[Standing]:
+        around = self.running[-1] if self.running else None
+        given = around if around is not None and _is_real(self.shape[around]) else None
+        of_first = {id(leaf) for leaf in tree_leaves(value)}
+        for number, leaf in enumerate(tree_leaves(reachable)):
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                first, made_in = self.first.setdefault(id(leaf), ((event, number), given))
+                self.held.append(leaf)
+                yield Standing(number, first, made_in, id(leaf) in of_first)
 
     def observation(self, how: OneOf["fake", "real"], reason: str) -> Observation:
         mutated = frozenset(event for event, tensor, version in self.versions if tensor._version != version)
-        return Observation(tuple(self.events), dict(self.calls), how, reason, self.kind, self.shape, mutated)
+        return Observation(
+            tuple(self.events), dict(self.calls), how, reason, self.kind, self.shape, mutated, self.tensors
+        )
+
+
+def _is_real(found: TensorType | None) -> bool:
+    return found is not None and (found.dtype or "").startswith(("float", "bfloat"))
 
 
 def _kind(value: object) -> Kind:

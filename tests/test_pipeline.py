@@ -47,6 +47,7 @@ from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
 from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.manager import DEBUG_VARIABLE, PassResult
 from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.record_gradients import record_gradients
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites
 from nnsight_compiler.passes.specialise import Subject, specialise
@@ -236,6 +237,7 @@ RUNS: Mapping[str, Callable[[Program], Program]] = {
     "check_unused_values": check_unused_values,
     "eliminate_dead_saves": eliminate_dead_saves,
     "eliminate_common_subexpressions": eliminate_common_subexpressions,
+    "record_gradients": lambda program: record_gradients(program, order),
     "place": lambda program: place(program, order),
     "copy_on_save": copy_on_save,
 }
