@@ -29,6 +29,7 @@ from nnsight_compiler.passes.facts import (
     SiteModule,
     Tracer,
     constant,
+    holds_values,
     immutable,
 )
 from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
@@ -316,6 +317,8 @@ class Calls(Inlining):
                 items.append(item)
                 if item.operand is None:
                     return Abstract(NONE, Known(None))
+            case "append", [item]:
+                container.held |= bool(item.live) or holds_values(item.fact)
             case "extend", [Abstract(fact=Elements(items=list() as more))] if items is not None:
                 items.extend(more)
             case "items", [] if container.kind == "dict" and items is not None:

@@ -23,6 +23,7 @@ from nnsight_compiler.passes.facts import (
     Known,
     SiteModule,
     Tracer,
+    holds_values,
 )
 from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Forwarding, Interpretation
 
@@ -164,7 +165,8 @@ class ControlFlow(Interpretation):
         loops = frozenset({id(op)})
         held: list[Abstract] = []
         if iterable is not None:
-            held.append(Abstract(None, None, loops | iterable.loops, iterable.live, iterable.span))
+            live = max(iterable.live, 1 if holds_values(iterable.fact) else 0)
+            held.append(Abstract(None, None, loops | iterable.loops, live, iterable.span))
         for value in carried:
             if isinstance(value.fact, Elements):
                 value.fact.forget(loops)

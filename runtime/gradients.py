@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 from torch import nn
@@ -250,6 +250,8 @@ class Backward:
         if not isinstance(loss, torch.Tensor):
             raise RunError(f"{self.span}: a backward pass starts at a tensor, not at {described(loss)}")
         if not loss.requires_grad:
+            if self.pieces:
+                self._missed(self.pieces[0])
             raise RunError(
                 f"{self.span}: this loss depends on nothing that has a gradient\n"
                 "  way out: ask for the gradient of a value that it depends on, in `with loss.backward():`; for the"
@@ -267,10 +269,13 @@ class Backward:
                 handle.remove()
         for piece, reached in zip(self.pieces, arrived, strict=True):
             if not reached:
-                raise RunError(
-                    f"{piece.span}: the loss of line {self.span.line} does not depend on this value, so it has no"
-                    " gradient\n  way out: compute the loss from what depends on the value"
-                )
+                self._missed(piece)
+
+    def _missed(self, piece: Piece) -> NoReturn:
+        raise RunError(
+            f"{piece.span}: the loss of line {self.span.line} does not depend on this value, so it has no gradient\n"
+            "  way out: compute the loss from what depends on the value, outside of `torch.no_grad()`"
+        )
 
     def _hook(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Any:
         piece, position = self.pieces[number], tracked.edge.output_nr
