@@ -126,7 +126,7 @@ class Checker:
             self.unchecked += error.unchecked
         self.diagnostics += error.diagnostics
 
-    def extent(self, model: Any, inputs: Inputs | None) -> Extent | None:
+    def extent(self, model: Any, inputs: Inputs | None, example: Inputs | None = None) -> Extent | None:
         """The shapes in a forward; `None` where the model cannot be observed, which `order` says why, or where the
         input is not known: no mistake of shape is then sure."""
         if inputs is None:

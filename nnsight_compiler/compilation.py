@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, final
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, joined
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.models.residual import stream_of
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
@@ -26,13 +28,16 @@ from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.record_gradients import record_gradients
-from nnsight_compiler.passes.shapes import Surroundings
+from nnsight_compiler.passes.rows import check_rows
+from nnsight_compiler.passes.shapes import Extent, Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
+from nnsight_compiler.passes.streams import Stream
 from nnsight_compiler.runtime.observe import Observation, observe, registered
-from nnsight_compiler.runtime.plans import Plan, plan
+from nnsight_compiler.runtime.plans import Axes, Plan, plan
+from nnsight_compiler.runtime.rows import SiteAxes
 from nnsight_compiler.runtime.support import UNBOUND
-from nnsight_compiler.shapes import Inputs, extent_of
+from nnsight_compiler.shapes import Inputs, extent_of, found_axes, site_axes, why_undivided
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Checker
@@ -107,6 +112,18 @@ class Compiled:
         return self.plan.run(*args)
 
 
+def example_of(lowered: Specialised, forward: str) -> Inputs | None:
+    """The inputs of a forward, or such as it is given: of as many invokes as are needed to make a batch."""
+    inputs, model = lowered.inputs[forward], lowered.models[forward]
+    if inputs is not None or forward not in lowered.invoked:
+        return inputs
+    example = model._example()
+    if example is None:
+        return None
+    batch = model._batch((example, example), {})
+    return batch.args, batch.kwargs
+
+
 def compile_program(
     program: Program,
     arguments: Mapping[str, Any],
@@ -124,7 +141,11 @@ def compile_program(
         stages[op.result.name] = staged(op.program, frame.globals, frame.closure)
         return stages[op.result.name].run
 
-    made = plan(lowered.program, globals_, closure, stage)
+    def known(forward: ops.Forward, at: ops.At) -> SiteAxes | None:
+        model, example = lowered.models[forward.result.name], example_of(lowered, forward.result.name)
+        return None if example is None else site_axes(model, example, at.module.path, at.port, at.call or 0)
+
+    made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes))
     return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure, stages)
 
 
@@ -138,7 +159,8 @@ def lower_program(
 ) -> Specialised:
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
-    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND)
+    streams = partial(_stream, checked=checker is not None)
+    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, streams)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 
@@ -158,9 +180,24 @@ def lower_program(
             orders[name] = observed(*at(forward)) if checker is None else checker.order(forward, *at(forward))
         return orders[name]
 
+    def extent(op: ops.Forward | ops.Invoke) -> Extent | None:
+        name = op.result.name
+        if isinstance(op, ops.Invoke):
+            name = next(forward for forward, invokes in result[0].invoked.items() if name in invokes)
+        found = extent_of if checker is None else checker.extent
+        whole = found(result[0].models[name], result[0].inputs[name], example_of(result[0], name))
+        if whole is None or isinstance(op, ops.Forward):
+            return whole
+        part = result[0].parts.get(op.result.name)
+        return replace(whole, rows=part and part.rows, tokens=part and part.tokens)
+
+    def undivided(forward: ops.Forward, op: ops.Read | ops.Write) -> str | None:
+        name = forward.result.name
+        return why_undivided(result[0].models[name], example_of(result[0], name), op)
+
     def inferred(source: Program) -> Program:
         try:
-            return infer(source, surroundings, lambda op: (extent_of if checker is None else checker.extent)(*at(op)))
+            return infer(source, surroundings, extent)
         except CompileError as error:
             raise joined(error, lambda: check_sites(source, order)) from None
 
@@ -171,7 +208,7 @@ def lower_program(
     steps: tuple[Callable[[Program], Program], ...] = (
         specialised,
         inferred,
-        lambda source: check_sites(source, order),
+        lambda source: check_rows(check_sites(source, order), undivided),
         check_unused_values,
         dead,
         eliminate_common_subexpressions,
@@ -217,7 +254,18 @@ _observations: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionar
 _lock = threading.Lock()
 
 
-def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Order:
+def _stream(module: Any, name: str, inputs: Inputs | None, checked: bool) -> Stream:
+    """Where a value of a block's residual stream stands in a forward on these inputs."""
+    try:
+        seen = observed(module._root, inputs)
+    except Exception:  # whatever the model's code raises; a check tells it where it asks for the order of the sites
+        if not checked:
+            raise
+        seen = registered(module._root._module)
+    return stream_of(module, name, seen)
+
+
+def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Observation:
     """The order in which a model runs its modules: observed once for each kind of input.
 
     Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one

@@ -5,22 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, final
 
+from torch.utils import _pytree as pytree
+
+from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.ops import Port
+from nnsight_compiler.ir.values import Module
 from nnsight_compiler.observations import axes_of
 from nnsight_compiler.passes.shapes import Extent
+from nnsight_compiler.passes.sites import EventPort, event_port
 from nnsight_compiler.passes.stand_ins import UNKNOWN
-from nnsight_compiler.runtime.axes import Axes, AxisError
+from nnsight_compiler.runtime.axes import Axes, AxisError, Opaque
+from nnsight_compiler.runtime.rows import SiteAxes, SitesAxes
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def extent_of(model: Any, inputs: Inputs | None) -> Extent | None:
+def extent_of(model: Any, inputs: Inputs | None, example: Inputs | None = None) -> Extent | None:
     """The extent of a forward of a wrapped model on these arguments of `trace`; `None` where nothing can be told.
 
-    Where the arguments are known only when the forward runs, those of the model's own example say of what kind they
-    are, and the numbers of rows and tokens stay open.
+    Where the arguments are known only when the forward runs, those of an example, or of the model's own, say of what
+    kind they are, and the numbers of rows and tokens stay open.
     """
-    given = inputs if inputs is not None else model._example()
+    given = inputs or example or model._example()
     if given is None:
         return None
     axes, rows, tokens = axes_of(model, *given)
@@ -30,6 +37,50 @@ def extent_of(model: Any, inputs: Inputs | None) -> Extent | None:
     if inputs is None:
         return Extent(_Sites(axes), varies=varies) if not axes.fixed else None
     return Extent(_Sites(axes), rows, tokens, varies)
+
+
+def site_axes(model: Any, example: Inputs, path: str, port: EventPort, call: int) -> SiteAxes:
+    """Which dimensions of what stands at a site are rows and tokens, on inputs of this kind.
+
+    Raises:
+        AxisError: they cannot be told.
+    """
+    axes, _, _ = axes_of(model, *example)
+    if "rows" in axes.fixed:
+        raise AxisError(f"the model takes one number of rows only: {axes.reason}")
+    if call < 0:
+        call += sum(each.path == path and each.port == port for each in axes.events)
+    leaves, structure = pytree.tree_flatten(axes.types(path, port, call))
+    return SiteAxes(f"`{path or 'the model'}` {port}", tuple(leaves), structure)
+
+
+def found_axes(model: Any, inputs: Inputs) -> SitesAxes:
+    """What stands at the sites of a forward on these inputs, which the run has just brought."""
+
+    def found(path: str, port: EventPort, call: int) -> SiteAxes:
+        try:
+            return site_axes(model, inputs, path, port, call)
+        except AxisError as error:
+            name = path or "the model"
+            raise RunError(
+                f"the rows of an invoke cannot be told apart in the {port} of `{name}`: {error}\n"
+                "  way out: read it outside of the invokes, where it is that of all rows, or run a `trace` for each"
+                " input"
+            ) from None
+
+    return found
+
+
+def why_undivided(model: Any, example: Inputs | None, op: ops.Read | ops.Write) -> str | None:
+    """Why an invoke cannot be given its own rows of a site; `None` where it can."""
+    if example is None:
+        return None  # it becomes known when the forward runs
+    assert isinstance(op.module, Module)
+    try:
+        axes = site_axes(model, example, op.module.path, event_port(op.port), op.call or 0)
+    except AxisError as error:
+        return str(error)
+    return axes.leaves[0].reason if axes.plain and isinstance(axes.leaves[0], Opaque) else None
 
 
 @final

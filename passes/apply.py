@@ -33,7 +33,7 @@ from nnsight_compiler.passes.facts import (
     immutable,
 )
 from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
-from nnsight_compiler.passes.known_calls import METHODS, known_function, known_method, names_class
+from nnsight_compiler.passes.known_calls import METHODS, known_function, known_method, known_target, names_class
 
 if TYPE_CHECKING:
     pass
@@ -50,6 +50,9 @@ FOLDED = {
 }  # fmt: skip
 """Pure functions that are evaluated where every argument is a known number, string, range or tuple."""
 SAME = {"tqdm", "trange"}
+POSITION = "nnsight_compiler.models.language.LanguageModel.position"
+BARRIER = "barrier()"
+"""The name of the method that the result of `tracer.barrier(…)` stands for; no attribute has such a name."""
 Kind = OneOf["enumerate", "zip", "reversed", "same"]
 VIEWS: dict[str, OneOf["keys", "values", "items"]] = {"keys": "keys", "values": "values", "items": "items"}
 KINDS: dict[Any, Kind] = {enumerate: "enumerate", zip: "zip", reversed: "reversed"}
@@ -259,7 +262,13 @@ class Calls(Inlining):
             case SiteModule():
                 return self._of_module(op, receiver, name, arguments)
             case Tracer() if name == "barrier":
+                return Abstract(None, Method(receiver, BARRIER), span=op.span)
+            case Tracer() if name == BARRIER:
                 return Abstract(NONE, Known(None))
+            case Tracer() if name == "position":
+                return self._position(op, arguments)
+            case Tracer() if name == "invoke":
+                fail(op.span, "`.invoke(…)` without `with` runs nothing", "write `with tracer.invoke(…):`")
             case Tracer() if name == "stop":
                 fail(
                     op.span,
@@ -295,9 +304,21 @@ class Calls(Inlining):
         """A method of a module of the model, called as it is: a host op."""
         assert isinstance(receiver.fact, SiteModule)
         method = self.specialiser.builder.fresh(name)
-        module = Module(receiver.fact.model, receiver.fact.handle._path)
+        known = known_target(POSITION) if name == "position" and _finds_positions(receiver.fact.handle) else None
+        module = Module(receiver.fact.model, receiver.fact.handle._path) if known is None else receiver.fact.model
         self.specialiser.emit(ops.Attribute(method, module, name, span=self.specialiser.span(op)))
-        return self._kept(op, Abstract(method), arguments, None)
+        return self._kept(op, Abstract(method), arguments, known and known.target, known)
+
+    def _position(self, op: ops.Call, arguments: Arguments) -> Abstract:
+        """`tracer.position(words)`: the same as `model.position(prompt, words)`, of the prompt of this forward."""
+        fail, running = self.specialiser.fail, self.specialiser.forward
+        if running is None:
+            fail(op.span, "`.position(…)` of a tracer means the prompt of its forward", "call it inside of that `with`")
+        if not _finds_positions(running.module.handle):
+            fail(op.span, "positions by words need a tokenizer", "wrap the model by `LanguageModel(…)`")
+        prompt = self.evaluator.prompt(running.op.arguments, op.span)
+        model = self.evaluator._module_value(running.module.handle._root, running.module, op.span)
+        return self._of_module(op, model, "position", [(ops.Argument(NONE), prompt), *arguments])
 
     def _of_container(
         self,
@@ -401,6 +422,10 @@ def _concrete(value: Abstract) -> Any:
             made = [_concrete(item) for item in items]
             return tuple(made) if kind == "tuple" else made
     raise LookupError
+
+
+def _finds_positions(handle: Any) -> bool:
+    return not handle._path and hasattr(type(handle), "position")
 
 
 def _hashable(value: object) -> bool:

@@ -26,6 +26,7 @@ from nnsight_compiler.passes.facts import (
     holds_values,
 )
 from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Forwarding, Interpretation
+from nnsight_compiler.passes.invokes import brings_input, settle
 
 MAX_ROUNDS = 100_000
 
@@ -328,16 +329,18 @@ class ControlFlow(Interpretation):
         result = self.builder.fresh(op.result.name)
         self.scope[op.result] = Abstract(None, Tracer(result), span=span)
         arguments = tuple(replace(argument, value=self.used(argument.value)) for argument in op.arguments)
-        self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments)
         self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
-        self.forward = Forwarding(result, module, span, op, self.builder.depth)
+        brings = brings_input(self, op.arguments)
+        running = Forwarding(result, module, span, op, self.builder.depth, rolled=len(self.rolled), brings=brings)
+        self.forward = running
         outer, self.conditions = self.conditions, []
         with self.builder.region() as made:
             completion = self.region(op.body)
-        self.changes.add(self.forward.changes)
+        self.changes.add(running.changes)
         self.forward, self.conditions = None, outer
-        self.emit(ops.Forward(result, module.model, op.method, arguments, Region((), tuple(made)), span=span))
+        body = Region((), settle(self, running, op, made))
+        self.emit(ops.Forward(result, module.model, op.method, arguments, body, span=span))
         return None if completion.kind in ("end", "yield") else completion
 
     def check_arguments(self, module: SiteModule, op: ops.Forward, span: Span) -> None:

@@ -69,6 +69,7 @@ class Body:
         self.memory = placement.memory
         self.forward = forward
         self.order: Order = placement.orders(forward)
+        self.invokes = [op for op in walk(forward.body) if isinstance(op, ops.Invoke)]
         self.given = {root for each in forward.arguments for root in self.memory.reachable(each.value)}
         self.entries: list[Entry] = []
         self.makers: dict[str, Entry] = {}
@@ -91,6 +92,8 @@ class Body:
                 case ops.With():
                     self._flatten(op.body.ops, (*frames, Frame(op)))
                     self.makers.setdefault(op.result.name, self.entries[-1]) if self.entries else None
+                case ops.Invoke():
+                    self._flatten(op.body.ops, frames)
                 case ops.Yield():
                     pass
                 case ops.For() | ops.While():

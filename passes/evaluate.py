@@ -37,6 +37,7 @@ from nnsight_compiler.passes.facts import (
     python_module,
 )
 from nnsight_compiler.passes.items import Items
+from nnsight_compiler.passes.streams import STREAM, read_stream, write_stream
 
 if TYPE_CHECKING:
     from nnsight_compiler.passes.interpretation import Interpretation
@@ -155,7 +156,13 @@ class Evaluator(Items):
                 self.specialiser.fail(
                     op.span, "`.calls` needs the number of the call", f"write `.calls[0].{name}` for the first"
                 )
+            case SiteCalls() if name in STREAM:
+                return read_stream(self, op, base, name)
             case SiteCalls():
+                if name not in PORTS:
+                    self.specialiser.fail(
+                        op.span, f"a call of a module has no `{name}`", f"it has {', '.join((*PORTS, *STREAM))}"
+                    )
                 return self._read(op, base, name)
             case Tracer(forward=forward):
                 return self._of_tracer(op, base, forward, name)
@@ -225,6 +232,8 @@ class Evaluator(Items):
         handle = module.handle
         if name in PORTS:
             return self._read(op, base, name)
+        if name in STREAM:
+            return read_stream(self, op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
         if name in ("skip", "source"):
@@ -269,10 +278,10 @@ class Evaluator(Items):
         return Abstract(None, Method(base, name), span=op.span)
 
     def _read(self, op: ops.Attribute | ops.Read, base: Abstract, port: str) -> Abstract:
-        module, call = self.specialiser.site(base, op.span)
+        module, call, rows = self.specialiser.site(base, op.span)
         result = self.specialiser.builder.fresh(op.result.name)
         span = self.specialiser.span(op)
-        self.specialiser.emit(ops.Read(result, module, _port(port), call, span=span))
+        self.specialiser.emit(ops.Read(result, module, _port(port), call, rows, span=span))
         return Abstract(result, None, NO_LOOPS, 2, span, True)
 
     def set_attribute(self, op: ops.SetAttribute | ops.Write, base: Abstract, name: str, value: Abstract) -> None:
@@ -280,8 +289,12 @@ class Evaluator(Items):
         span = self.specialiser.span(op)
         match base.fact:
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
-                module, call = self.specialiser.site(base, op.span)
-                self.specialiser.emit(ops.Write(module, _port(name), self.specialiser.use(value), call, span=span))
+                module, call, rows = self.specialiser.site(base, op.span)
+                new = self.specialiser.use(value)
+                self.specialiser.emit(ops.Write(module, _port(name), new, call, rows, span=span))
+                return
+            case SiteModule() | SiteCalls(call=int()) if name in STREAM:
+                write_stream(self, op, base, name, value)
                 return
             case SiteModule(handle=handle):
                 self.specialiser.fail(

@@ -25,10 +25,11 @@ from dataclasses import replace
 
 import torch
 
+from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.traverse import rewrite
+from nnsight_compiler.ir.traverse import rewrite, walk
 from nnsight_compiler.ir.types import Dimension, TensorType
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes.meta_run import MetaRun
@@ -55,6 +56,7 @@ def infer(program: Program, surroundings: Surroundings, extents: Extents) -> Pro
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return program  # results would have other dtypes than those found here
     found = {op.result.name: extents(op) for op in forwards(program.body)}
+    found |= {op.result.name: extents(op) for op in walk(program.body) if isinstance(op, ops.Invoke)}
     known = {name: extent for name, extent in found.items() if extent is not None}
     exact = all(extent.exact for extent in known.values())
     settings = list(_settings(known, exact)) if known else [{}]

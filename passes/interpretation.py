@@ -38,6 +38,8 @@ from nnsight_compiler.passes.facts import (
     immutable,
 )
 from nnsight_compiler.passes.inline import Unreachable
+from nnsight_compiler.passes.rows import Part
+from nnsight_compiler.passes.streams import Streams, no_streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Subject:
     lower: gives the IR of a helper function.
     save: the function that users import as `save`.
     unbound: what an empty cell holds.
+    streams: says at which site a value of a block's residual stream stands.
     """
 
     arguments: Mapping[str, Any]
@@ -56,6 +59,7 @@ class Subject:
     lower: Callable[[FunctionType], Program]
     save: Callable[..., Any]
     unbound: object = None
+    streams: Streams = no_streams
 
 
 class AccessInClosure(Exception):  # noqa: N818  # control flow, not an error
@@ -79,7 +83,10 @@ class Forwarding:
     """The forward whose body is being interpreted.
 
     op: the forward in the source program; `index`: the op of its body that is interpreted now.
-    depth: how many regions are open around it.
+    depth: how many regions are open around it; `rolled`: how many kept loops.
+    brings: whether it is given an input itself, rather than by invokes.
+    invoke: the invoke whose body is being interpreted, and `rows` its result, where it brings an input.
+    invokes: those that bring one so far, without their bodies, each with its input where that is known.
     changes: what its body changes; facts hold on inside it, since no stage can begin there.
     """
 
@@ -89,6 +96,11 @@ class Forwarding:
     op: ops.Forward
     depth: int
     index: int = 0
+    rolled: int = 0
+    brings: bool = True
+    invoke: ops.Invoke | None = None
+    rows: Value | None = None
+    invokes: list[tuple[ops.Invoke, tuple[tuple[Any, ...], dict[str, Any]] | None]] = field(default_factory=list)
     changes: Changes = field(default_factory=Changes)
 
 
@@ -106,6 +118,8 @@ class Interpretation:
         self.forward: Forwarding | None = None
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]] | None] = {}
         self.models: dict[str, Any] = {}
+        self.invoked: dict[str, tuple[str, ...]] = {}
+        self.parts: dict[str, Part] = {}
         self.conditions: list[tuple[int, Abstract]] = []
         self.rolled: list[int] = []
         self.unrolling: list[Op] = []
@@ -265,8 +279,8 @@ class Interpretation:
             if condition.loops - self.decisions.roll and not condition.at_run:
                 raise Undecided(unroll=set(condition.loops))
 
-    def site(self, value: Abstract, span: Span) -> tuple[Module, int | None]:
-        """The module that an access names, as an operand, and its call index."""
+    def site(self, value: Abstract, span: Span) -> tuple[Module, int | None, Value | None]:
+        """The module that an access names, as an operand, its call index, and the invoke whose rows are meant."""
         forward = self.access(span)
         match value.fact:
             case SiteModule() as module:
@@ -282,7 +296,7 @@ class Interpretation:
                 "trace that model in a `with` of its own, and use its values here",
                 ((forward.span, "the forward"),),
             )
-        return Module(forward.module.model, module.handle._path), call
+        return Module(forward.module.model, module.handle._path), call, forward.rows
 
     # --- what the program changes ---
 

@@ -218,6 +218,22 @@ class Items:
         """Whether a known container still holds what it held when the program started."""
         return isinstance(held, (tuple, str, range)) or self.specialiser.relies_on(held)
 
+    def prompt(self, arguments: tuple[ops.Argument, ...], span: Span) -> Abstract:
+        """The prompt among the arguments of a forward: its first, or `input_ids`."""
+        for argument in arguments:
+            value = self.specialiser.abstract(argument.value)
+            match argument.star, value.fact:
+                case "", _ if argument.keyword in (None, "input_ids"):
+                    return value
+                case "*", Known(value=tuple() | list() as held) if held:
+                    return self._indexed(value, 1, span)[0]
+                case "**", Known(value=dict() as held) if "input_ids" in held:
+                    found = self.specialiser.builder.fresh("prompt")
+                    base = self.specialiser.use(value)
+                    self.specialiser.emit(ops.Item(found, base, Literal("input_ids"), span=span))
+                    return Abstract(found, span=span)
+        self.specialiser.fail(span, "the forward around this is given no prompt", "give it one: `model.trace(prompt)`")
+
     # --- iteration ---
 
     def mentions_modules(self, value: Abstract) -> bool:

@@ -164,6 +164,7 @@ def python_rows() -> dict[str, KnownCall]:
     put({"random.Random": "shuffle"}, Behaviour.MUTATES, mutates=(0, 1, "x"), random=True)
     put({"random.Random": "seed setstate"}, Behaviour.MUTATES, mutates=(0,), random=True)
     put({"random": "seed setstate"}, Behaviour.HARMLESS, random=True, scalar=True, leaf=True)
+    put({"nnsight_compiler.models.language.LanguageModel": "position"}, Behaviour.PURE, scalar=True, leaf=True)
     return rows
 
 

@@ -206,7 +206,10 @@ class MetaOps(MetaValues):
         assert self.forward is not None
         assert isinstance(op.module, Module)
         name, size = self.forward
-        site = name, op.module.path, op.port, op.call or 0
+        rows = op.rows.name if isinstance(op.rows, Value) else ""
+        if rows and size is not None:
+            size = self.sizes.get(rows)
+        site = name, op.module.path, op.port, op.call or 0, rows
         if site not in self.sites:
             self.sites[site] = self._held(size, site, op)
         return site, self.sites[site]

@@ -76,6 +76,10 @@ class MetaRun(MetaOps):
                 return self._with(op)
             case ops.Forward():
                 return self._forward_body(op)
+            case ops.Invoke():
+                self.define(op.result, UNKNOWN)
+                how, values = self._region(op.body)
+                return (how, values) if how == "leave" else None
             case ops.Backward():
                 how, values = self._region(op.body)
                 return (how, values) if how == "leave" else None

@@ -22,8 +22,8 @@ from nnsight_compiler.passes.stand_ins import INTEGER, UNKNOWN, inside, is_conta
 Shape = tuple[torch.dtype, tuple[int, ...]]
 """What is kept of a tensor."""
 
-Site = tuple[str, str, str, int]
-"""A forward, a module, a port, a call."""
+Site = tuple[str, str, str, int, str]
+"""A forward, a module, a port, a call, and the invoke whose rows are meant."""
 
 
 @final

@@ -121,12 +121,13 @@ class _Pieces(Outliving):
             if entry.follows is not None:
                 entry.time = entry.follows.time
         self._copy()
+        self._require_inputs()
         slots: dict[int, list[Entry]] = defaultdict(list)
         for entry in sorted(self.entries, key=lambda each: each.order):
             slots[entry.time].append(entry)
         self._note_uses()
         before = self._gather(slots.pop(BEFORE, []), 0)
-        made = []
+        made: list[Op] = [replace(invoke, body=Region((), ())) for invoke in self.invokes]
         for time in sorted(slots):
             entries = slots[time]
             site = self.places[time]
@@ -135,6 +136,26 @@ class _Pieces(Outliving):
             module = Module(self.forward.model, site.path)
             made.append(ops.At(module, site.port, site.call, body, span=entries[0].op.span))
         return before, replace(self.forward, body=Region((), tuple(made)))
+
+    def _require_inputs(self) -> None:
+        """Refuses an invoke whose input is there only while the forward runs."""
+        for invoke in self.invokes:
+            for value in used(invoke):
+                maker = self.makers.get(value.name)
+                if maker is None or maker.time == BEFORE:
+                    continue
+                late = maker
+                while late.pin is None:  # some need of what runs at a site runs there too
+                    late = next(need for need in late.needs if need.time == maker.time)
+                reason = "this invoke is given a value that only the forward which it is a part of can give"
+                if not self.memory.live(value):
+                    reason = (
+                        "what this invoke is given would have to be computed before the forward, but effects keep their"
+                        f" order, and line {late.op.span.line} comes first"
+                    )
+                way_out = "compute it before the `with` of the trace"
+                related = ((late.op.span, "this runs within the forward"),)
+                raise CompileError([Diagnostic(invoke.span, reason, way_out, related)])
 
     def _note_uses(self) -> None:
         self.users: dict[str, list[Entry]] = defaultdict(list)

@@ -317,10 +317,8 @@ class PointsTo:
                 for argument in () if self.copies else arguments:
                     self._enter(result.name, self.reachable(argument.value))
                 self._block(body, replace(place, forward=result.name))
-            case ops.Invoke(result=result, arguments=arguments, body=body):
-                self._add(result, {Fresh(result.name)})
-                for argument in arguments:
-                    self._enter(place.forward, self.reachable(argument.value))
+            case ops.Invoke(result=result, body=body):
+                self._add(result, {Fresh(result.name)})  # the batch is a copy of what its invokes are given
                 self._block(body, place)
             case ops.Steps(body=body):
                 self._block(body, replace(place, yields=()))

@@ -69,6 +69,7 @@ class _Recording:
         self.memory = Memory.of(program)
         self.builder = Builder(value.name for value in program.values())
         self.put = _Insertions()
+        self.wholes: dict[str, Value] = {}
         self.homes: dict[str, ops.Forward] = {}
         self.required: set[tuple[str, str]] = set()
         self.tracks: dict[tuple[int, str], Value] = {}
@@ -133,9 +134,10 @@ class _Recording:
             return  # it is tracked in a region inside this one
         source = source_of(real, self.memory.origins)
         tracked = self.builder.fresh()
-        track = ops.Track(tracked, real, source if source != real else None, span=self._span(backward, value))
         self.tracks[id(backward), value.name] = tracked
         self._require(source or real)
+        source = self.wholes.get(source.name, source) if source is not None else None
+        track = ops.Track(tracked, real, source if source != real else None, span=self._span(backward, value))
         if save is not None:
             self.put.after.setdefault(save.name, []).append(track)
         elif elsewhere and home is not None:
@@ -157,9 +159,14 @@ class _Recording:
         if home is None or op is None or ("", value.name) in self.required:
             return
         self.required.add(("", value.name))
-        self.put.after.setdefault(value.name, []).append(ops.Require(value, span=op.span))
         if isinstance(op, ops.Read) and isinstance(op.module, Module):
             self._begin(home, op, op.module)
+            if op.rows is not None:  # what an invoke sees is a part of what the model goes on with
+                whole = replace(op, result=self.builder.fresh(), rows=None)
+                self.wholes[value.name] = whole.result
+                self._begin_at(home, whole, None)
+                return
+        self.put.after.setdefault(value.name, []).append(ops.Require(value, span=op.span))
 
     def _begin(self, forward: ops.Forward, read: ops.Read, module: Module) -> None:
         """Starts the recording where the tensors at a site were made, if they may have been used before they came
@@ -173,9 +180,11 @@ class _Recording:
             self.required.add(key)
             number = None if order.count(path) == 1 else call
             result = self.builder.fresh()
-            start = self.put.start.setdefault(forward.result.name, [])
-            start.append(ops.Read(result, Module(module.model, path), port, number, span=read.span))
-            start.append(ops.Require(result, leaf, span=read.span))
+            self._begin_at(forward, ops.Read(result, Module(module.model, path), port, number, span=read.span), leaf)
+
+    def _begin_at(self, forward: ops.Forward, read: ops.Read, leaf: int | None) -> None:
+        start = self.put.start.setdefault(forward.result.name, [])
+        start += [read, ops.Require(read.result, leaf, span=read.span)]
 
     # --- the backward pass ---
 

@@ -37,8 +37,8 @@ class Extent:
         return self.rows is not None and self.tokens is not None
 
 
-Extents = Callable[[ops.Forward], Extent | None]
-"""Gives the extent of a forward; `None` where nothing is known of its model's shapes."""
+Extents = Callable[[ops.Forward | ops.Invoke], Extent | None]
+"""Gives the extent of a forward, or of an invoke's part of it; `None` where nothing is known of its model's shapes."""
 
 
 @final

@@ -16,6 +16,7 @@ from nnsight_compiler.ir.traverse import regions, used, walk
 from nnsight_compiler.ir.values import Module
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.memory import Memory, Root, Site, Weight
+from nnsight_compiler.passes.roots import is_outside
 
 EventPort = OneOf["output", "input"]
 
@@ -153,8 +154,12 @@ def _written_weights(program: Program, memory: Memory) -> Iterator[Diagnostic]:
 
 def _written_inputs(forward: ops.Forward, body: list[Op], memory: Memory) -> Iterator[Diagnostic]:
     """In-place writes to what a forward was given, in its own body. What may be something else is no mistake: the model
-    sees what it was given as it was at the `with`."""
-    given = {root for argument in forward.arguments for root in memory.roots(argument.value)}
+    sees what it was given as it was at the `with`. So what came from outside is not taken for a value of the program's
+    which a host call may have put there."""
+    given: set[Root] = set()
+    for argument in forward.arguments:
+        roots = memory.roots(argument.value)
+        given |= {root for root in roots if is_outside(root)} or roots
     for op in body:
         changed = targets(op, memory) if in_place(op, memory) else frozenset()
         if changed and changed <= given:
@@ -196,16 +201,16 @@ def _written_through(program: Program, body: list[Op], memory: Memory) -> Iterat
 def _unnoticed(
     program: Program, forward: ops.Forward, body: list[Op], places: dict[int, Place], memory: Memory, order: Order
 ) -> Iterator[Diagnostic]:
-    last_read = max((places[id(op)].time for op in body if isinstance(op, ops.Read)), default=-1)
+    reads = [op for op in body if isinstance(op, ops.Read)]
     later = [op for op in walk(program.body)]
     index = {id(op): number for number, op in enumerate(later)}
     for op in body:
         times = _written(op, forward, places, memory, order)
         if not times:
             continue
-        if last_read > min(times):
-            continue
         sites = {root for root in memory.writes(op) if isinstance(root, Site) and root.forward == forward.result.name}
+        if any(places[id(read)].time > min(times) and memory.overlap(memory.reads(read), sites) for read in reads):
+            continue
         noticed = any(
             memory.roots(value) & sites
             for other in later[index[id(op)] + 1 :]

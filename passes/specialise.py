@@ -41,6 +41,8 @@ from nnsight_compiler.passes.facts import (
     Tracer,
 )
 from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Subject
+from nnsight_compiler.passes.invokes import interpret_invoke
+from nnsight_compiler.passes.rows import Part
 from nnsight_compiler.passes.staging import Staging
 
 
@@ -49,8 +51,10 @@ class Specialised:
     """A specialised program, and what it holds for.
 
     guards, objects: the facts it rests on, and the objects that their texts mention.
-    inputs: the arguments of each forward where they are known, by the name of its result.
+    inputs: the arguments of each forward where they are known, by the name of its result; of invokes, as one batch.
     models: the wrapped model of each forward.
+    invoked: the invokes of each forward that bring its input, by the names of their results.
+    parts: which rows each of these brings, where the inputs are known.
     unsaved: for a block, exports that hold values of the model which were not saved: name to where they were made.
     unsure: for a block, exports of which only the run can tell whether they are such values.
     stages: where the names of each stage come from, by the name of its result.
@@ -61,6 +65,8 @@ class Specialised:
     objects: Mapping[str, Any]
     inputs: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]] | None]
     models: Mapping[str, Any]
+    invoked: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, Part]
     unsaved: Mapping[str, Span]
     unsure: Mapping[str, Span]
     stages: Mapping[str, Frame]
@@ -107,7 +113,18 @@ class Specialiser(Staging):
             target=next((type(model._module).__name__ for model in self.models.values()), ""),
             given=tuple(str(guard) for guard in guards if guard.kind in ("value", "length")),
         )
-        return Specialised(program, guards, self.guards.objects, self.inputs, self.models, unsaved, unsure, self.stages)
+        return Specialised(
+            program,
+            guards,
+            self.guards.objects,
+            self.inputs,
+            self.models,
+            self.invoked,
+            self.parts,
+            unsaved,
+            unsure,
+            self.stages,
+        )
 
     def exports(self, result: Abstract, unsaved: dict[str, Span], unsure: dict[str, Span]) -> Abstract:
         """The returned tuple of a block, without the values of the model that were not saved."""
@@ -201,7 +218,9 @@ class Specialiser(Staging):
             case ops.Raise():
                 self.keep(op)
                 return Completion("never")
-            case ops.Invoke() | ops.Steps() | ops.Skip() | ops.Stop():
+            case ops.Invoke():
+                return interpret_invoke(self, op)
+            case ops.Steps() | ops.Skip() | ops.Stop():
                 self.fail(
                     op.span,
                     f"`{type(op).__name__.lower()}` is part of the language, but this version does not run it yet",

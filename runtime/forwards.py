@@ -7,7 +7,7 @@ registered it: another thread, a run inside this one, and a module that the body
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 from typing import Literal as OneOf
@@ -17,8 +17,12 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.runtime.gradients import recorded
+from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
 
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a forward, or of an invoke."""
 SiteFunction = Callable[[Any, Any], Any]
 """`(value, state) -> value`: what the model goes on with."""
 
@@ -28,6 +32,7 @@ class Runnable(Protocol):
 
     def _ready(self) -> nn.Module: ...
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
+    def _batch(self, given: Sequence[Given], options: Mapping[str, Any]) -> Batch: ...
 
 
 class _Active(threading.local):
@@ -76,12 +81,14 @@ class Forward:
         requires them.
     wanted: where a gradient is asked for, which is also recorded then.
     named: the weights whose gradients count, by their paths.
+    invokes: for each invoke that brings input, the name in the state of its share, or nothing if no site asks for it.
+    axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("_whole", "brings", "copies", "named", "sites", "span", "stops", "wanted")
+    __slots__ = ("_whole", "axes", "brings", "copies", "invokes", "named", "sites", "span", "stops", "wanted")
 
     def __init__(
         self,
@@ -90,22 +97,35 @@ class Forward:
         copies: bool,
         brings: tuple[str, ...],
         span: Span,
+        invokes: tuple[str, ...] = (),
+        axes: Callable[[Any, Given], SitesAxes] | None = None,
         wanted: Span | None = None,
         named: tuple[str, ...] = (),
     ) -> None:
         self.wanted, self.named = wanted, named
         self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
+        self.invokes, self.axes = invokes, axes
         self._whole: set[Any] = set()
 
-    def run(self, model: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
-        """Runs the model on these arguments.
+    def run(
+        self,
+        model: Runnable,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: Any,
+        invokes: tuple[Given, ...] = (),
+    ) -> None:
+        """Runs the model on these arguments, or on those of its invokes as one batch.
 
         Raises:
             RunError: a site was not reached, or more often than the plan says.
         """
         grad = kwargs.pop("grad", False)
         root = model._ready()
-        args, kwargs = model._prepare(args, kwargs)
+        if invokes:
+            args, kwargs = self._batched(model, model._batch(invokes, kwargs), state)
+        else:
+            args, kwargs = model._prepare(args, kwargs)
         run = object()
         fired = [0] * len(self.sites)
         shapes = _shapes(args, kwargs) if self.stops else None
@@ -155,6 +175,16 @@ class Forward:
                 self._missed(site, count)
         if shapes is not None and all(site.calls is None for site in self.sites):
             self._whole.add(shapes)
+
+    def _batched(self, model: Runnable, batch: Batch, state: Any) -> Given:
+        """The arguments of the forward for a batch, each invoke's share of which goes into the state."""
+        sizes = Sizes(batch.rows, batch.tokens)
+        if self.axes is not None:
+            sizes.axes = self.axes(model, (batch.args, batch.kwargs))
+        for name, part in zip(self.invokes, batch.parts, strict=True):
+            if name:
+                setattr(state, name, Share(part, sizes))
+        return batch.args, batch.kwargs
 
     @staticmethod
     def _module(root: nn.Module, site: SitePlan) -> nn.Module:

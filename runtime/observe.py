@@ -76,6 +76,7 @@ class Observation:
     shape: for each event at which a tensor stood, its dtype and shape.
     mutated_later: the events at which a tensor stood that the model wrote to in place afterwards.
     tensors: for each event, the floating-point tensors that stood there.
+    since: for each event at which a tensor stood (of a tuple, its first), when that same tensor stood anywhere first.
     """
 
     events: tuple[Event, ...]
@@ -86,6 +87,7 @@ class Observation:
     shape: Mapping[Event, TensorType | None] = field(default_factory=dict)
     mutated_later: frozenset[Event] = frozenset()
     tensors: Mapping[Event, tuple[Standing, ...]] = field(default_factory=dict)
+    since: Mapping[Event, int] = field(default_factory=dict)
     _times: dict[Event, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -163,7 +165,9 @@ class _Recorder:
         self.open: dict[str, list[int]] = {}
         self.running: list[Event] = []
         self.tensors: dict[Event, tuple[Standing, ...]] = {}
-        self.first: dict[int, tuple[tuple[Event, int], Event | None]] = {}
+        self.made: dict[int, tuple[tuple[Event, int], Event | None]] = {}
+        self.first: dict[int, int] = {}
+        self.since: dict[Event, int] = {}
         for path, part in shadow.named_modules():
             part.register_forward_pre_hook(self._on_input(path), with_kwargs=True)
             part.register_forward_hook(self._on_output(path))
@@ -191,7 +195,13 @@ class _Recorder:
         self.events.append(event)
         self.kind[event] = _kind(value)
         self.shape[event] = _type(value) if isinstance(value, torch.Tensor) else None
-        self.versions += [(event, tensor, tensor._version) for tensor in tensors_in(reachable)]
+        held = list(tensors_in(reachable))
+        for tensor in held:
+            self.first.setdefault(id(tensor), len(self.events) - 1)
+        self.versions += [(event, tensor, tensor._version) for tensor in held]
+        leading = value[0] if isinstance(value, (tuple, list)) and value else value
+        if isinstance(leading, torch.Tensor):
+            self.since[event] = self.first[id(leading)]
         self.tensors[event] = tuple(self._standing(event, value, reachable))
 
     def _standing(self, event: Event, value: object, reachable: object) -> Iterator[Standing]:
@@ -200,14 +210,22 @@ class _Recorder:
         of_first = {id(leaf) for leaf in tree_leaves(value)}
         for number, leaf in enumerate(tree_leaves(reachable)):
             if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-                first, made_in = self.first.setdefault(id(leaf), ((event, number), given))
+                first, made_in = self.made.setdefault(id(leaf), ((event, number), given))
                 self.held.append(leaf)
                 yield Standing(number, first, made_in, id(leaf) in of_first)
 
     def observation(self, how: OneOf["fake", "real"], reason: str) -> Observation:
         mutated = frozenset(event for event, tensor, version in self.versions if tensor._version != version)
         return Observation(
-            tuple(self.events), dict(self.calls), how, reason, self.kind, self.shape, mutated, self.tensors
+            tuple(self.events),
+            dict(self.calls),
+            how,
+            reason,
+            self.kind,
+            self.shape,
+            mutated,
+            self.tensors,
+            self.since,
         )
 
 

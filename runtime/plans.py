@@ -22,6 +22,7 @@ from nnsight_compiler.ir.ops import (
     Call,
     Grad,
     Gradients,
+    Invoke,
     Op,
     Parameter,
     Read,
@@ -38,13 +39,14 @@ from nnsight_compiler.ir.ops import Forward as ForwardOp
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
-from nnsight_compiler.ir.values import Module, Value, values_in
+from nnsight_compiler.ir.values import Module, Operand, Value, values_in
 from nnsight_compiler.passes.origins import Origins
 from nnsight_compiler.runtime import gradients
 from nnsight_compiler.runtime import sites as support
-from nnsight_compiler.runtime.forwards import Forward, SitePlan, resolve
+from nnsight_compiler.runtime.forwards import Forward, Given, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.names import Names
+from nnsight_compiler.runtime.rows import Divided, SiteAxes, SitesAxes
 from nnsight_compiler.runtime.statements import Statements
 from nnsight_compiler.runtime.trees import load, locate
 
@@ -68,21 +70,42 @@ Stages = Callable[[Stage], Callable[..., Any]]
 """Gives the function that specialises the program of a stage to its arguments, and runs it."""
 
 
-def plan(program: Program, globals_: dict[str, Any], closure: Mapping[str, CellType] | None, stages: Stages) -> Plan:
+@final
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """What stands at the sites of forwards whose invokes see their own rows.
+
+    known: what stands at a site; `None` where that becomes known only with the inputs of the forward.
+    found: what stands at the sites of a model's forward on these inputs.
+    """
+
+    known: Callable[[ForwardOp, At], SiteAxes | None]
+    found: Callable[[Any, Given], SitesAxes]
+
+
+def plan(
+    program: Program,
+    globals_: dict[str, Any],
+    closure: Mapping[str, CellType] | None,
+    stages: Stages,
+    axes: Axes,
+) -> Plan:
     """Generates the functions of a placed program."""
-    return _Generator(program, stages).plan(globals_, closure)
+    return _Generator(program, stages, axes).plan(globals_, closure)
 
 
 class _Generator(Statements):
     """Generates the functions of one program: those at its sites first, then the one that runs the forwards."""
 
-    def __init__(self, program: Program, stages: Stages) -> None:
+    def __init__(self, program: Program, stages: Stages, axes: Axes) -> None:
         super().__init__(program, Names(program))
-        self.stages = stages
+        self.stages, self.axes = stages, axes
         self.value = self.names.temporary("value")
         self.state = self.names.temporary("state")
         self.crossing = _crossing(program)
-        self.reads: dict[str, str] = {}
+        self.reads: dict[str, Read] = {}
+        self.divided = False
+        self.later: set[int] = set()
         self.direct: set[str] = set()
         self.in_site = False
         self.forwards: dict[int, Forward] = {}
@@ -92,8 +115,8 @@ class _Generator(Statements):
         program = self.program
         forwards = [op for op in walk(program.body) if isinstance(op, ForwardOp)]
         origins = Origins(program)
-        pieces = [(piece, self._site(at)) for at, piece in self._pieces(origins)]
-        sites = [(op, at, self._site(at)) for op in forwards for at in _placed(op)]
+        pieces = [(piece, self._site(None, at)) for at, piece in self._pieces(origins)]
+        sites = [(op, at, self._site(op, at)) for op in forwards for at in _placed(op)]
         made = [*(function for _, function in pieces), *(function for _, _, function in sites)]
         functions = link(self, made, globals_, closure, program.span) if made else []
         for (piece, _), function in zip(pieces, functions, strict=False):
@@ -108,8 +131,11 @@ class _Generator(Statements):
         for op in forwards:
             wanted = next((each.span for each in walk(op.body) if _wants_gradients(each)), None)
             copies = wanted is not None or any(map(origins.writes_tensors, walk(op.body)))
-            brings = self._brings(op)
-            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), copies, brings, op.span, wanted, named)
+            brings, invokes = self._brings(op), self._invokes(op)
+            axes = self.axes.found if id(op) in self.later else None
+            found = tuple(plans[id(op)])
+            made_by = Forward(found, _stops(op), copies, brings, op.span, invokes, axes, wanted, named)
+            self.forwards[id(op)] = made_by
         driver = self._driver(bool(made))
         (run,) = link(self, [driver], globals_, closure, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
@@ -143,6 +169,11 @@ class _Generator(Statements):
             )
         )
 
+    def _invokes(self, op: ForwardOp) -> tuple[str, ...]:
+        """Where in the state each invoke's share of a forward goes; nowhere if no site asks for it."""
+        results = (invoke.result for invoke in _invoked(op))
+        return tuple(self.names[value] if value.name in self.crossing else "" for value in results)
+
     # --- where values live ---
 
     def reference(self, value: Value, span: Span) -> ast.expr:
@@ -173,12 +204,16 @@ class _Generator(Statements):
         new = self.operand(op.value, op.span)
         held = self.operand(op.object, op.span)
         index = self.operand(op.index, op.span)
-        port = self.reads.get(op.object.name) if isinstance(op.object, Value) else None
-        if port not in ("output", "input"):
+        read = self.reads.get(op.object.name) if isinstance(op.object, Value) else None
+        port = None if read is None else read.port
+        if read is None or port not in ("output", "input"):
             call = ast.Call(func=self.constant("put", support.put), args=[held, index, new], keywords=[])
             return [ast.Expr(value=call)]
         assert isinstance(op.object, Value)
         setter = support.set_item if port == "output" else support.set_first_item
+        if self.divided:
+            arguments = [self._share(read.rows, op.span), held, index, new, ast.Constant(str(op.span))]
+            return [ast.Assign(targets=[self.target(op.object)], value=self._of_value(setter.__name__, arguments))]
         made = ast.Call(
             func=self.constant(setter.__name__, setter), args=[self._value(), held, index, new], keywords=[]
         )
@@ -190,7 +225,9 @@ class _Generator(Statements):
             case ForwardOp():
                 return self._forward(op)
             case Read(result=result, port=port):
-                self.reads[result.name] = port
+                self.reads[result.name] = op
+                if self.divided:
+                    return [ast.Assign(targets=[self.target(result)], value=self._read_share(op))]
                 if result.name in self.direct:
                     return []
                 source: ast.expr = self._value()
@@ -198,6 +235,11 @@ class _Generator(Statements):
                     getter = self.constant("first_argument", support.first_argument)
                     source = ast.Call(func=getter, args=[source, ast.Constant(str(op.span))], keywords=[])
                 return [ast.Assign(targets=[self.target(result)], value=source)]
+            case Write(port=port, value=value) if self.divided:
+                method = {"output": "write", "input": "write_first", "inputs": "write_all"}[port]
+                share = self._share(op.rows, op.span)
+                arguments = [share, self.operand(value, op.span), ast.Constant(str(op.span))]
+                return [ast.Expr(value=self._of_value(method, arguments))]
             case Write(port=port, value=value):
                 setters = {
                     "output": support.replaced,
@@ -278,27 +320,64 @@ class _Generator(Statements):
         model = self.operand(op.model, op.span)
         positional, keyword = _arguments(op.arguments, self)
         runner = ast.Attribute(value=self.constant("forward", self.forwards[id(op)]), attr="run", ctx=ast.Load())
-        state: ast.expr = load(self.names[self.state]) if op.body.ops else ast.Constant(None)
-        return [ast.Expr(value=ast.Call(func=runner, args=[model, positional, keyword, state], keywords=[]))]
+        state: ast.expr = load(self.names[self.state]) if any(_placed(op)) else ast.Constant(None)
+        given = [model, positional, keyword, state]
+        invokes = [ast.Tuple(elts=list(_arguments(each.arguments, self)), ctx=ast.Load()) for each in _invoked(op)]
+        if invokes:
+            given.append(ast.Tuple(elts=list(invokes), ctx=ast.Load()))
+        return [ast.Expr(value=ast.Call(func=runner, args=given, keywords=[]))]
+
+    def _share(self, rows: Operand | None, span: Span) -> ast.expr:
+        return ast.Constant(None) if rows is None else self.operand(rows, span)
+
+    def _of_value(self, method: str, arguments: list[ast.expr]) -> ast.expr:
+        """A method of the value at a site that is divided among invokes."""
+        found = ast.Attribute(value=self._value(), attr=method, ctx=ast.Load())
+        return ast.Call(func=found, args=arguments, keywords=[])
+
+    def _read_share(self, op: Read) -> ast.expr:
+        share = self._share(op.rows, op.span)
+        if op.port == "input":
+            return self._of_value("read_first", [share, ast.Constant(str(op.span))])
+        return self._of_value("read", [share])
 
     def _value(self, context: ast.expr_context | None = None) -> ast.Name:
         """The value at the site, in a site function."""
         return ast.Name(self.names[self.value], context or ast.Load())
 
-    def _site(self, at: At | AtGradient) -> ast.FunctionDef:
-        """The function at a site, or at the arrival of a gradient."""
-        if isinstance(at, AtGradient):
-            name = self.names.fresh("at.gradient")
-        else:
-            name = self.names.fresh(f"at.{at.module.path}.{at.port}" if at.module.path else f"at.{at.port}")
+    def _site(self, op: ForwardOp | None, at: At | AtGradient) -> ast.FunctionDef:
+        """The function at a site of a forward, or at the arrival of a gradient."""
         self.in_site = True
-        if isinstance(at, At) and not any(isinstance(op, (Write, SetItem)) for op in walk(at.body)):
-            self._read_directly(at)
+        self.divided = False
+        if isinstance(at, At):
+            name = self.names.fresh(f"at.{at.module.path}.{at.port}" if at.module.path else f"at.{at.port}")
+            self.divided = any(isinstance(each, (Read, Write)) and each.rows is not None for each in walk(at.body))
+            if not self.divided and not any(isinstance(each, (Write, SetItem)) for each in walk(at.body)):
+                self._read_directly(at)
+        else:
+            name = self.names.fresh("at.gradient")
         parameters = (Parameter(self.value), Parameter(self.state))
         made = self.define(name, self.program.name, parameters, at.body, at.span)
-        made.body.append(locate(ast.Return(value=self._value()), at.span))
-        self.in_site = False
+        if self.divided:
+            assert op is not None
+            assert isinstance(at, At)
+            axes = self._site_axes(op, at)
+            divided = ast.Call(func=self.constant("Divided", Divided), args=[self._value(), axes], keywords=[])
+            made.body.insert(0, locate(ast.Assign(targets=[self._value(ast.Store())], value=divided), at.span))
+        result = self._of_value("whole", []) if self.divided else self._value()
+        made.body.append(locate(ast.Return(value=result), at.span))
+        self.in_site = self.divided = False
         return made
+
+    def _site_axes(self, op: ForwardOp, at: At) -> ast.expr:
+        known = self.axes.known(op, at)
+        if known is not None:
+            return self.constant("axes", known)
+        self.later.add(id(op))
+        rows = next(each.rows for each in walk(at.body) if isinstance(each, (Read, Write)) and each.rows is not None)
+        asked = ast.Attribute(value=self.operand(rows, at.span), attr="axes", ctx=ast.Load())
+        place: list[ast.expr] = [ast.Constant(part) for part in (at.module.path, at.port, at.call or 0)]
+        return ast.Call(func=asked, args=place, keywords=[])
 
     def _read_directly(self, at: At) -> None:
         """Has the reads of a site that is not written stand for its value, without a variable of their own."""
@@ -349,7 +428,8 @@ def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]
 def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
     for op in region.ops:
         if isinstance(op, (Read, Write)):
-            taken = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
+            held = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
+            taken = [*held, *(() if op.rows is None else values_in(op.rows))]
         elif isinstance(op, (At, Grad)):
             taken = []
         elif isinstance(op, SetGrad):
@@ -385,8 +465,15 @@ def _named_weights(program: Program, origins: Origins) -> tuple[str, ...]:
 
 def _placed(op: ForwardOp) -> Iterator[At]:
     for at in op.body.ops:
+        if isinstance(at, Invoke):
+            continue
         assert isinstance(at, At), "a program is placed before it is planned"
         yield at
+
+
+def _invoked(op: ForwardOp) -> Iterator[Invoke]:
+    """The invokes of a placed forward that bring its input."""
+    return (each for each in op.body.ops if isinstance(each, Invoke))
 
 
 def _counted_from_the_end(at: At) -> int | None:

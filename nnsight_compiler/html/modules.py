@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 
 from torch import nn
@@ -24,10 +24,11 @@ _MOST = 1000
 """How many modules are shown."""
 
 
-def modules_html(module: nn.Module) -> str:
+def modules_html(module: nn.Module, aliases: Mapping[nn.Module, Mapping[str, str]]) -> str:
     """The tree of a module: names, class, number of parameters, and the shapes of its own."""
     remaining = iter(range(_MOST))
-    return f'<div class="nnsightc-tree"><style>{_STYLE}</style>{"".join(_node(tree(module), 0, remaining))}</div>'
+    nodes = "".join(_node(tree(module, aliases), 0, remaining))
+    return f'<div class="nnsightc-tree"><style>{_STYLE}</style>{nodes}</div>'
 
 
 def _node(node: Node, depth: int, remaining: Iterator[int]) -> Iterator[str]:

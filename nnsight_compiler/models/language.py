@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.models.aliases import Rename
+from nnsight_compiler.models.batches import padded
 from nnsight_compiler.models.checkpoint import Checkpoint, locate
 from nnsight_compiler.models.nnsight import NNsight
+from nnsight_compiler.models.positions import Position, PositionError, find, of_ids, of_text
 from nnsight_compiler.models.prompts import PromptError, encode
+from nnsight_compiler.passes.rows import Batch
 
 _withheld: ContextVar[bool] = ContextVar("withheld", default=False)
 
@@ -45,6 +50,7 @@ class LanguageModel(NNsight):
         source: a repository of the hub, a local folder, a GGUF file, `"tiny"` for the model that comes with this
             package, or a transformers model in memory (wrapped as it is).
         tokenizer: the tokenizer, where the one beside the weights is not the one meant. Never changed.
+        rename: names of one's own for modules, as for `NNsight`.
         dtype, device_map, options: as in `from_pretrained` of transformers.
     """
 
@@ -60,19 +66,20 @@ class LanguageModel(NNsight):
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         dispatch: bool = False,
+        rename: Rename | None = None,
         **options: Any,
     ) -> None:
         if device_map is not None:
             options["device_map"] = device_map
         if isinstance(source, str | Path):
             checkpoint = locate(source, dtype, options)
-            super().__init__(checkpoint.empty())
+            super().__init__(checkpoint.empty(), rename)
             self._checkpoint, self._loaded = checkpoint, False
         else:
             if dtype is not None or options:
                 given = ", ".join(["dtype"] * (dtype is not None) + list(options))
                 raise ModelError(f"{given}: options for loading, given with a model that is loaded already")
-            super().__init__(source)
+            super().__init__(source, rename)
             self._checkpoint, self._loaded = None, True
         self._given_tokenizer, self._lock = tokenizer, RLock()
         if dispatch:
@@ -92,6 +99,30 @@ class LanguageModel(NNsight):
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embeddings, on which they run. Loads the weights."""
         return _input_device(self._ready()) or torch.device("cpu")
+
+    def position(self, prompt: Any, words: str, occurrence: int | None = None, row: int | None = None) -> Position:
+        """The tokens that hold `words` in a prompt: `.first`, `.last`, `.all`, and itself an index of all of them.
+
+        Args:
+            occurrence: which is meant where the prompt has the words several times; negative ones count from the end.
+            row: which of several prompts; positions then count from the left edge of the padded rectangle.
+
+        Raises:
+            PositionError: the words are not in the prompt, or several times.
+        """
+        encoded = self._prepare((prompt,), {})[1]
+        if "input_ids" not in encoded:
+            raise PositionError("positions are found in text or token ids, and this prompt has neither")
+        rows = encoded["input_ids"].tolist()
+        if row is None and len(rows) > 1:
+            raise PositionError(f"there are {len(rows)} prompts: say which is meant, `row=0` to `row={len(rows) - 1}`")
+        if row is not None and not -len(rows) <= row < len(rows):
+            raise PositionError(f"there is no `row={row}` among {len(rows)} prompts")
+        ids = rows[row or 0]
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        text = texts[row or 0] if isinstance(texts, list | tuple) else None
+        known = of_text(self.tokenizer, text, ids) if isinstance(text, str) else of_ids(self.tokenizer, ids)
+        return find(words, *known, occurrence, [self.tokenizer.decode([token]) for token in ids])
 
     def _ready(self) -> nn.Module:
         if not self._loaded:
@@ -119,6 +150,17 @@ class LanguageModel(NNsight):
         if device is not None:
             kwargs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
         return (), kwargs
+
+    def _batch(self, given: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], options: Mapping[str, Any]) -> Batch:
+        plain = {name: value for name, value in options.items() if name != "grad"}
+        prepared = [self._prepare(*each)[1] for each in given]
+        if not all({"input_ids", "inputs_embeds"} & each.keys() for each in prepared):
+            raise PromptError("each invoke is given a prompt: text, token ids, or embeddings as `inputs_embeds=`")
+        batch = padded(prepared, self._padding_id(), self._forward_parameters())
+        return replace(batch, kwargs={**plain, **batch.kwargs})
+
+    def _needs_input(self) -> bool:
+        return True
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._prepare((torch.zeros(1, 4, dtype=torch.long),), {})

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.models.aliases import Aliases, Rename, bind
 from nnsight_compiler.models.view import ModuleView, describe
 
 if TYPE_CHECKING:
     from nnsight_compiler.block import Trace
+    from nnsight_compiler.passes.rows import Batch
 
 _tokens = itertools.count()
 """Numbers wrapped models, so that what was compiled for one is never taken for another's."""
@@ -40,13 +42,16 @@ class TraceArgumentError(ModelError, TypeError):
 class NNsight(ModuleView):
     """Any `nn.Module`, wrapped. Submodules, weights and attributes are reached as on the module itself.
 
+    `rename` gives modules names of one's own: `{"transformer.h": "layers", "mlp": "ff"}` (see `models.aliases`).
+
     Subclasses say how inputs are prepared (`_prepare`) and when weights are loaded (`_ready`).
     """
 
     _wrapped: nn.Module
     _token: int
+    _aliases: Aliases
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, rename: Rename | None = None) -> None:
         if isinstance(module, ModuleView):
             raise ModelError(f"{describe(module)} is wrapped already; wrap a torch module")
         if not isinstance(module, nn.Module):
@@ -54,6 +59,7 @@ class NNsight(ModuleView):
         super().__init__(self, "")
         self._wrapped = module
         self._token = next(_tokens)
+        self._aliases = bind(module, rename or {}, type(self))
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
@@ -133,6 +139,26 @@ class NNsight(ModuleView):
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the torch module's forward, from those given to `trace`. Needs no loaded weights."""
         return args, kwargs
+
+    def _batch(self, given: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], options: Mapping[str, Any]) -> Batch:
+        """The arguments of one forward for the inputs of several invokes, with what the trace itself was given.
+
+        Raises:
+            ModelError: they cannot share a forward.
+        """
+        from nnsight_compiler.models.batches import concatenated  # it brings torch's and the runtime's weight
+
+        plain = {name: value for name, value in options.items() if name != "grad"}
+        return concatenated(self._wrapped, [self._prepare(*each) for each in given], plain)
+
+    def _needs_input(self) -> bool:
+        """Whether a forward of the model is nothing without an input."""
+        kinds = (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.KEYWORD_ONLY,
+        )
+        return any(one.kind in kinds and one.default is one.empty for one in self._forward_parameters().values())
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Small arguments on which a forward can be observed, where the kind of model tells them."""

@@ -1,8 +1,8 @@
-"""A module and what is below it as a tree, own and standard names side by side, equal neighbours in a list once."""
+"""A module and what is below it as a tree: own names, aliases and standard names, equal neighbours in a list once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -16,14 +16,16 @@ from nnsight_compiler.models.names import standard_names
 class Node:
     """A module of a tree, or a run of equal neighbours in a list.
 
-    names: its own name first, `0-11` for a run, then the standard ones; none at the root.
+    names: its own name first, `0-11` for a run, then the others; none at the root.
     modules: the module, or all those of the run.
-    known: the standard names of the modules below, as they resolve from above.
+    known: the aliases and standard names of the modules below, as they resolve from above.
+    aliases: the aliases that stand on each module.
     """
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     known: dict[nn.Module, tuple[str, ...]]
+    aliases: Mapping[nn.Module, Mapping[str, str]]
 
     @property
     def label(self) -> str:
@@ -40,23 +42,23 @@ class Node:
         """What is below it."""
         module = self.modules[0]
         known = dict(self.known)
-        for name, path in standard_names(module).items():
+        for name, path in (*self.aliases.get(module, {}).items(), *standard_names(module).items()):
             part = module.get_submodule(path)
             if name not in known.get(part, ()):
                 known[part] = (*known.get(part, ()), name)
-        for label, run in _runs(module):
+        for label, run in _runs(module, known):
             names = (label, *(name for name in known.get(run[0], ()) if name != label))
-            yield Node(names, tuple(run), known)
+            yield Node(names, tuple(run), known, self.aliases)
 
 
-def tree(module: nn.Module) -> Node:
+def tree(module: nn.Module, aliases: Mapping[nn.Module, Mapping[str, str]]) -> Node:
     """The tree of a module."""
-    return Node((), (module,), {})
+    return Node((), (module,), {}, aliases)
 
 
-def draw(module: nn.Module) -> str:
+def draw(module: nn.Module, aliases: Mapping[nn.Module, Mapping[str, str]]) -> str:
     """The tree of a module as text: `(h | layers): ModuleList(` …"""
-    return "\n".join(_lines(tree(module)))
+    return "\n".join(_lines(tree(module, aliases)))
 
 
 def _lines(node: Node) -> list[str]:
@@ -65,14 +67,14 @@ def _lines(node: Node) -> list[str]:
     return [head, *(f"  {line}" for line in children), ")"] if children else [f"{head})"]
 
 
-def _runs(module: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+def _runs(module: nn.Module, known: Mapping[nn.Module, tuple[str, ...]]) -> list[tuple[str, list[nn.Module]]]:
     """The children, each with its label; in a list, a run of equal ones is one entry labelled `0-11`."""
     children = [(name, child) for name, child in module._modules.items() if child is not None]
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return [(name, [child]) for name, child in children]
-    runs: list[tuple[str, str, list[nn.Module], str]] = []
+    runs: list[tuple[str, str, list[nn.Module], object]] = []
     for name, child in children:
-        text = repr(child)
+        text = repr(child), [known.get(part, ()) for part in child.modules()]
         if runs and runs[-1][3] == text:
             first, _, held, _ = runs[-1]
             runs[-1] = (first, name, [*held, child], text)

@@ -10,20 +10,18 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
-from nnsight_compiler.models.names import NoStandardModule, stands_for
+from nnsight_compiler.models.aliases import INSIDE_A_TRACE
+from nnsight_compiler.models.names import NoStandardModule, standard_names, stands_for
 
 if TYPE_CHECKING:
     from nnsight_compiler.models.nnsight import NNsight
-
-SITE_NAMES = ("output", "input", "inputs", "calls", "skip", "source")
-"""What a module has inside a trace only."""
 
 _INDEXED = (nn.ModuleList, nn.Sequential)
 
@@ -45,7 +43,7 @@ class NotAContainerError(ModelError, TypeError):
 
 
 class ModuleView:
-    """A module of a wrapped model. Names and items are those of the torch module, then the standard names.
+    """A module of a wrapped model. Names and items are those of the torch module, then aliases, then standard names.
 
     Child modules come back as views, weights as tensors (loaded first where they are not yet), anything else as it is.
     `view["name"]` and `view["dotted.path"]` reach a submodule by name, also one whose name has another meaning here.
@@ -109,7 +107,10 @@ class ModuleView:
             elif isinstance(module, nn.ParameterDict) and part in module:
                 return _present(view._root, view._path, lambda at, part=part: at[part])
             else:
-                raise _unknown(view._root, view._path, part)
+                found = named(view._root, view._path, part)
+                if found is None:
+                    raise _unknown(view._root, view._path, part)
+                view = found
         return view
 
     def __len__(self) -> int:
@@ -158,17 +159,17 @@ class ModuleView:
         return ((name, view_at(self._root, paths[id(module)])) for name, module in self._module.named_modules())
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._module), *_standard_names(self._module)})
+        return sorted({*super().__dir__(), *dir(self._module), *_given_names(self._root, self._path)})
 
     def __repr__(self) -> str:
         from nnsight_compiler.models.tree import draw
 
-        return draw(self._module)
+        return draw(self._module, aliases_of(self._root))
 
     def _repr_html_(self) -> str:
         from nnsight_compiler.html import modules_html
 
-        return modules_html(self._module)
+        return modules_html(self._module, aliases_of(self._root))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ModuleView):
@@ -187,7 +188,7 @@ def resolve(root: NNsight, path: str, name: str) -> Any:
         UnknownModuleError: there is nothing of that name, standard names included.
     """
     module = module_at(root, path)
-    if name in SITE_NAMES:
+    if name in INSIDE_A_TRACE:
         own = f'; the module\'s own `{name}` is ["{name}"]' if hasattr(module, name) else ""
         raise OutsideTraceError(f"`.{name}` of {describe_at(root, path)} exists inside `with model.trace(…)` only{own}")
     if module._modules.get(name) is not None:
@@ -197,13 +198,30 @@ def resolve(root: NNsight, path: str, name: str) -> Any:
         return view.children if name == "values" else view.named_children
     if hasattr(module, name):
         return _present(root, path, lambda at: getattr(at, name))
-    try:
-        relative = stands_for(module, name)
-    except NoStandardModule as error:
-        raise UnknownModuleError(f"{describe_at(root, path)}: {error}") from None
-    if relative is not None:
-        return view_at(root, _join(path, relative))
-    raise _unknown(root, path, name)
+    found = named(root, path, name)
+    if found is None:
+        raise _unknown(root, path, name)
+    return found
+
+
+def named(root: NNsight, path: str, name: str) -> ModuleView | None:
+    """What an alias or a standard name means on the module at `path`; `None` where `name` is neither.
+
+    Raises:
+        UnknownModuleError: a standard name that no one module stands for.
+    """
+    relative = root._aliases.get(path, {}).get(name)
+    if relative is None:
+        try:
+            relative = stands_for(module_at(root, path), name)
+        except NoStandardModule as error:
+            raise UnknownModuleError(f"{describe_at(root, path)}: {error}") from None
+    return None if relative is None else view_at(root, _join(path, relative))
+
+
+def aliases_of(root: NNsight) -> dict[nn.Module, Mapping[str, str]]:
+    """The aliases by the module that they stand on."""
+    return {module_at(root, path): names for path, names in root._aliases.items()}
 
 
 def module_at(root: NNsight, path: str) -> nn.Module:
@@ -269,15 +287,14 @@ def _wrap(root: NNsight, value: Any) -> Any:
 def _unknown(root: NNsight, path: str, name: str) -> UnknownModuleError:
     module = module_at(root, path)
     own = [*module._modules, *module._parameters, *module._buffers]
-    near = difflib.get_close_matches(name, [*own, *_standard_names(module)], n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*own, *_given_names(root, path)], n=3, cutoff=0.5)
     hint = f"did you mean {_listed(near)}?" if near else f"it has: {_listed(own)}"
     return UnknownModuleError(f"{describe_at(root, path)} has no `{name}`; {hint}", name=name)
 
 
-def _standard_names(module: nn.Module) -> list[str]:
-    from nnsight_compiler.models.names import standard_names
-
-    return list(standard_names(module))
+def _given_names(root: NNsight, path: str) -> list[str]:
+    """The aliases and the standard names that a module has."""
+    return [*root._aliases.get(path, {}), *standard_names(module_at(root, path))]
 
 
 def _refuse_assignment(view: ModuleView, name: str) -> NoReturn:

@@ -148,7 +148,7 @@ def test_a_part_of_a_model_shows_itself() -> None:
 
 def test_a_very_large_model_is_cut_off_and_says_so() -> None:
     big = nn.ModuleDict({f"part{number}": nn.Sequential(nn.Linear(1, number % 3 + 1)) for number in range(1500)})
-    text = modules_html(big)
+    text = modules_html(big, {})
     page = Page(text)
     assert len(page.lines()) < 1100
     left = re.findall(r"… and ([\d,]+) more", text)

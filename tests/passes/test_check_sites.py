@@ -176,3 +176,19 @@ def test_a_write_to_the_input_of_the_forward_that_runs() -> None:
         intervene.from_source(text)(model, x)
     assert found.value.diagnostics[0].span.line == 4
     assert torch.equal(x, torch.ones(1, 4))
+
+
+def test_a_list_that_a_host_call_may_keep_is_no_input_from_outside() -> None:
+    """`x` is a global, and `max` with a key is a call that may put the list anywhere; the list is still no input."""
+    text = """def use(model):
+    with model.trace(x):
+        norms = []
+        norms.append(float(model[0].output.norm()))
+        norms.append(2.5)
+        largest = max(norms, key=lambda norm: norm)
+    return norms, largest
+"""
+    model, x = NNsight(nn.Sequential(nn.Linear(4, 4))), torch.ones(1, 4)
+    norms, largest = intervene.from_source(text, {"x": x})(model)
+    assert norms == [model[0](x).norm().item(), 2.5]
+    assert largest == max(norms)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight_compiler import CompileError, NNsight, RunError, intervene
+from nnsight_compiler import CompileError, LanguageModel, NNsight, RunError, intervene
 
 torch.set_num_threads(1)
 
@@ -52,15 +52,23 @@ class Net(nn.Module):
         return self.head(x)
 
 
-@pytest.fixture
-def net() -> Net:
+@pytest.fixture(scope="module")
+def _net() -> Net:
     torch.manual_seed(0)
     return Net().eval()
 
 
+@pytest.fixture(scope="module")
+def model(_net: Net) -> NNsight:
+    return NNsight(_net)
+
+
 @pytest.fixture
-def model(net: Net) -> NNsight:
-    return NNsight(net)
+def net(_net: Net) -> Net:
+    """The plain module of the model, without gradients of its weights."""
+    for parameter in _net.parameters():
+        parameter.grad = None
+    return _net
 
 
 @pytest.fixture
@@ -613,8 +621,8 @@ def test_all_weights_count_with_grad_true(model, net, x) -> None:
     assert all(torch.equal(a, p.grad) for a, p in zip(found, net.parameters(), strict=True))
 
 
-def test_a_frozen_model_has_gradients_of_its_values_and_stays_frozen(net, x) -> None:
-    net.requires_grad_(False)
+def test_a_frozen_model_has_gradients_of_its_values_and_stays_frozen(x) -> None:
+    net = Net().eval().requires_grad_(False)
     model = NNsight(net)
 
     @intervene
@@ -897,6 +905,70 @@ def test_training_within_the_forward(model, net, x) -> None:
     assert all(torch.equal(a, b) for a, b in zip(lora.parameters(), trained.parameters(), strict=True))
 
 
+# --- invokes ---
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LanguageModel:
+    return LanguageModel("tiny")
+
+
+PROMPTS = ("The Eiffel Tower is in", "The Space Needle is in the city of")
+
+
+def alone(tiny: LanguageModel, prompt: str, site: str) -> torch.Tensor:
+    """The gradient of the square of the last logits, for a prompt alone."""
+    net = tiny._module
+    ids = tiny.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    found: list[torch.Tensor] = []
+    handle = net.get_submodule(site).register_forward_hook(lambda _, __, o: found.append(o))
+    logits = net(ids).logits
+    handle.remove()
+    return torch.autograd.grad(logits[0, -1].square().mean(), found)[0]
+
+
+def test_the_gradients_of_invokes_are_those_of_their_rows_and_tokens(tiny) -> None:
+    @intervene
+    def run(model, first, second):
+        with model.trace() as tracer:
+            with tracer.invoke(first):
+                h = model.layers[1].output
+                loss = model.lm_head.output[0, -1].square().mean()
+            with tracer.invoke(second):
+                last = model.layers[0].output[:, -1]
+                other = model.lm_head.output[0, -1].square().mean()
+                with (loss + other).backward():
+                    a, b = h.grad, last.grad
+        return a, b
+
+    a, b = run(tiny, *PROMPTS)
+    assert torch.allclose(a, alone(tiny, PROMPTS[0], "transformer.h.1"), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(b, alone(tiny, PROMPTS[1], "transformer.h.0")[:, -1], rtol=1e-3, atol=1e-4)
+    assert all(p.grad is None for p in tiny._module.parameters())
+
+
+def test_each_invoke_has_a_backward_pass_of_its_own_and_writes_its_rows_alone(tiny) -> None:
+    @intervene
+    def run(model, first, second):
+        with model.trace() as tracer:
+            with tracer.invoke(first):
+                h, early = model.layers[1].output, model.layers[0].output
+                loss = model.lm_head.output[0, -1].square().mean()
+                with loss.backward(retain_graph=True):
+                    h.grad *= 2
+                    a = early.grad
+            with tracer.invoke(second):
+                early = model.layers[0].output
+                loss = model.lm_head.output[0, -1].square().mean()
+                with loss.backward():
+                    b = early.grad
+        return a, b
+
+    a, b = run(tiny, *PROMPTS)
+    assert torch.allclose(a, 2 * alone(tiny, PROMPTS[0], "transformer.h.0"), rtol=1e-3, atol=1e-4)
+    assert torch.allclose(b, alone(tiny, PROMPTS[1], "transformer.h.0"), rtol=1e-3, atol=1e-4)
+
+
 # --- what is left behind ---
 
 
@@ -926,8 +998,8 @@ def test_the_graph_is_freed_after_the_run(model, net, x) -> None:
     assert untouched(net)
 
 
-def test_bfloat16(net, x) -> None:
-    net = net.to(torch.bfloat16)
+def test_bfloat16(x) -> None:
+    net = Net().eval().to(torch.bfloat16)
     model, x = NNsight(net), x.to(torch.bfloat16)
 
     @intervene

@@ -46,7 +46,6 @@ def test_the_same_undecorated(tiny: LanguageModel) -> None:
         ("tracer.stop()", "`.stop()` is not run by this version yet"),
         ("for step in tracer.iter[:2]: pass", "steps of a generation are part of the language"),
         ("for step in tracer.iter: pass", "steps of a generation are part of the language"),
-        ("with tracer.invoke(x): pass", "`invoke` is part of the language, but this version does not run it yet"),
     ],
 )
 def test_parts_of_the_language_that_do_not_run_yet(line: str, reason: str) -> None:

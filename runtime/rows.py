@@ -1,0 +1,358 @@
+"""What the invokes of one forward see of the values at its sites: their own rows, and their own tokens.
+
+Which dimensions of a value are rows and tokens was told before the run (`axes`); from the run come only how many there
+are, and which of them an invoke brought. What an invoke reads is a view where it can be, so that writing in place
+reaches the model. What it assigns is put into its rows when the site is left: one copy of the whole value, however many
+invokes assign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, final
+
+import torch
+from torch.utils import _pytree as pytree
+
+from nnsight_compiler.ir.errors import RunError
+from nnsight_compiler.passes.assignments import described, misfit
+from nnsight_compiler.passes.rows import Part
+from nnsight_compiler.passes.sites import EventPort
+from nnsight_compiler.runtime import sites
+from nnsight_compiler.runtime.extent import Extent
+from nnsight_compiler.runtime.formulas import Opaque, TensorAxes
+
+SitesAxes = Callable[[str, EventPort, int], "SiteAxes"]
+"""What stands at a site: the path of a module, a port, a call."""
+
+
+@final
+@dataclass(slots=True)
+class Sizes:
+    """How many rows a running forward has, and up to which position its tokens reach: in a later step of a generation,
+    that is more than it is given. `axes`: what stands at its sites, where its inputs were not known before."""
+
+    rows: int
+    tokens: int
+    axes: SitesAxes | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """One invoke of a running forward: what it brought, and the sizes of the forward as they are now."""
+
+    part: Part
+    sizes: Sizes
+
+    def axes(self, path: str, port: EventPort, call: int) -> SiteAxes:
+        """What stands at a site, of which that became known with the inputs."""
+        assert self.sizes.axes is not None
+        return self.sizes.axes(path, port, call)
+
+    def padding(self, size: int) -> int:
+        """How many of the last `size` positions up to now are padding of this invoke's."""
+        return max(0, self.part.padding - (self.sizes.tokens - size))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SiteAxes:
+    """What stands at a site: the tree, and for each of its leaves which dimensions are rows and tokens."""
+
+    site: str
+    leaves: tuple[Any, ...]
+    structure: pytree.TreeSpec
+
+    @property
+    def plain(self) -> bool:
+        """Whether a single tensor stands there."""
+        return bool(self.structure.is_leaf())
+
+
+class CannotDivideError(Exception):
+    """Why the part of an invoke cannot be told from that of others."""
+
+
+@final
+class Withheld:
+    """Stands for a part of a site's value of which no invoke can be given its own; its use says why."""
+
+    __slots__ = ("_reason",)
+
+    def __init__(self, reason: str) -> None:
+        object.__setattr__(self, "_reason", reason)
+
+    def _refuse(self) -> NoReturn:
+        raise RunError(f"{self._reason}\n  way out: read it outside of the invokes, where it is that of all rows")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self._refuse()
+
+    def __getitem__(self, index: object) -> NoReturn:
+        self._refuse()
+
+    def __iter__(self) -> NoReturn:
+        self._refuse()
+
+    def __len__(self) -> NoReturn:
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        next(each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, cls))._refuse()
+
+    def __repr__(self) -> str:
+        return f"<withheld: {self._reason}>"
+
+
+@dataclass(slots=True)
+class _Served:
+    """A leaf as an invoke was given it. `version`: of a copy, so that it shows whether it was written to since;
+    `apart`: whether the model's own cannot be written in its place, being one in memory with other rows'."""
+
+    leaf: Any
+    copied: bool = False
+    version: int | None = None
+    apart: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether a copy may have been written to."""
+        return self.copied and (self.version is None or self.leaf._version != self.version)
+
+
+@dataclass(slots=True)
+class _Piece:
+    """What an invoke sees of a site. `where`: the line that assigned it."""
+
+    value: Any
+    served: list[_Served]
+    where: str = ""
+    kept: dict[int, Any] = field(default_factory=dict)
+
+
+@final
+class Divided:
+    """The value at a site while the functions of the invokes run. `None` in the place of a share means all rows."""
+
+    __slots__ = ("axes", "pieces", "value")
+
+    def __init__(self, value: Any, axes: SiteAxes) -> None:
+        self.value, self.axes = value, axes
+        self.pieces: dict[Share, _Piece] = {}
+
+    # --- as site functions ask for it ---
+
+    def read(self, share: Share | None) -> Any:
+        if share is None:
+            return self.whole()
+        return self._piece(share).value
+
+    def read_first(self, share: Share | None, where: str) -> Any:
+        return sites.first_argument(self.read(share), where)
+
+    def write(self, share: Share | None, new: Any, where: str) -> None:
+        self._assign(share, sites.replaced(self.read(share), new, where), where)
+
+    def write_first(self, share: Share | None, new: Any, where: str) -> None:
+        self._assign(share, sites.replaced_first(self.read(share), new, where), where)
+
+    def write_all(self, share: Share | None, new: Any, where: str) -> None:
+        self._assign(share, sites.replaced_all(self.read(share), new, where), where)
+
+    def set_item(self, share: Share | None, held: Any, index: Any, new: Any, where: str) -> Any:
+        """`held[index] = new` for what was read from the site; gives what was read, after it."""
+        before = self.read(share)
+        after, made = sites.set_item(before, held, index, new)
+        if after is not before:
+            self._assign(share, after, where)
+        return made
+
+    def set_first_item(self, share: Share | None, held: Any, index: Any, new: Any, where: str) -> Any:
+        before = self.read(share)
+        after, made = sites.set_first_item(before, held, index, new)
+        if after is not before:
+            self._assign(share, after, where)
+        return made
+
+    def whole(self) -> Any:
+        """The value with all that the invokes assigned."""
+        leaves: list[Any] | None = None
+        copies: set[int] = set()
+        for share, piece in self.pieces.items():
+            now = self._leaves(piece.value)
+            for index, (served, leaf) in enumerate(zip(piece.served, now, strict=True)):
+                if leaf is served.leaf and not served.changed:
+                    continue
+                leaves = self._leaves(self.value) if leaves is None else leaves
+                if index not in copies and (leaf is not served.leaf or served.apart):
+                    leaves[index] = leaves[index].clone()
+                    copies.add(index)
+                _put(leaves[index], leaf, self.axes.leaves[index], share)
+        if copies:
+            assert leaves is not None
+            self.value = leaves[0] if self.axes.plain else pytree.tree_unflatten(leaves, self.axes.structure)
+        self.pieces.clear()
+        return self.value
+
+    # --- pieces ---
+
+    def _piece(self, share: Share) -> _Piece:
+        found = self.pieces.get(share)
+        if found is None:
+            served = [
+                self._served(each, axes, share) for each, axes in zip(self._tree(), self.axes.leaves, strict=True)
+            ]
+            leaves = [each.leaf for each in served]
+            value = leaves[0] if self.axes.plain else pytree.tree_unflatten(leaves, self.axes.structure)
+            found = self.pieces[share] = _Piece(value, served)
+        return found
+
+    def _tree(self) -> list[Any]:
+        """The leaves of the whole value, which has the structure that was told."""
+        if self.axes.plain:
+            return [self.value]
+        leaves, structure = pytree.tree_flatten(self.value)
+        if structure != self.axes.structure:
+            raise RunError(
+                f"{self.axes.site} holds {described(self.value)} of another structure than the one that this was"
+                " compiled for, so that rows cannot be told apart in it"
+            )
+        return leaves
+
+    def _leaves(self, value: Any) -> list[Any]:
+        return [value] if self.axes.plain else pytree.tree_leaves(value)
+
+    def _served(self, leaf: Any, axes: Any, share: Share) -> _Served:
+        if isinstance(axes, Opaque) and isinstance(leaf, torch.Tensor) and axes.sometimes is not None:
+            axes = axes.sometimes
+        if isinstance(leaf, torch.Tensor) and isinstance(axes, TensorAxes):
+            try:
+                return _narrowed(leaf, axes, share)
+            except CannotDivideError as error:
+                reason = f"{self.axes.site} cannot be divided among invokes: {error}"
+        elif isinstance(leaf, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)):
+            return _Served(leaf)
+        else:
+            reason = f"{self.axes.site} holds {described(leaf)}, which cannot be divided among invokes" + (
+                f": {axes.reason}" if isinstance(axes, Opaque) else ""
+            )
+        if self.axes.plain:
+            Withheld(reason)._refuse()
+        return _Served(Withheld(reason))
+
+    def _assign(self, share: Share | None, new: Any, where: str) -> None:
+        if share is None:
+            self.value = new
+            self.pieces.clear()
+            return
+        piece = self._piece(share)
+        self._require_fit(piece, share, new, where)
+        piece.value, piece.where = new, where
+
+    def _require_fit(self, piece: _Piece, share: Share, new: Any, where: str) -> None:
+        """Refuses what cannot be put into the rows of an invoke alone."""
+        leaves, structure = ([new], None) if self.axes.plain else pytree.tree_flatten(new)
+        if structure is not None and structure != self.axes.structure:
+            raise RunError(
+                f"{where}: {described(new)} is assigned in an invoke where the module gives {described(self.value)} of"
+                " another structure\n  way out: assign its items one by one, each as the module gives it"
+            )
+        for served, leaf, axes in zip(piece.served, leaves, self.axes.leaves, strict=True):
+            if leaf is served.leaf:
+                continue
+            wrong: tuple[str, str] | None
+            if not isinstance(served.leaf, torch.Tensor) or not isinstance(leaf, torch.Tensor):
+                wrong = f"{described(leaf)} is assigned to the rows of an invoke", "assign a tensor in a tensor's place"
+            else:
+                wrong = misfit(served.leaf, leaf)
+                if leaf.shape != served.leaf.shape and wrong is None:
+                    wrong = misfit(served.leaf, leaf.reshape(1)) or ("", "")
+                axes = axes.sometimes if isinstance(axes, Opaque) else axes
+                if wrong is None and not _has_rows(axes) and share.part.rows < share.sizes.rows:
+                    wrong = (
+                        f"{self.axes.site} is one for all rows, and an invoke cannot change it for its own alone",
+                        "assign it outside of the invokes",
+                    )
+            if wrong is not None:
+                raise RunError(f"{where}: {wrong[0]}" + (f"\n  way out: {wrong[1]}" if wrong[1] else ""))
+
+
+# --- one tensor ---
+
+
+def _has_rows(axes: Any) -> bool:
+    return isinstance(axes, TensorAxes) and any(extent.rows or extent.rows_tokens for extent in axes.shape)
+
+
+def _narrowed(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> _Served:
+    """The part of an invoke: a view, or a copy where no view has the shape that it has alone."""
+    part, merged = _region(tensor, axes, share)
+    apart = any(
+        tensor.stride(dim) == 0 and tensor.shape[dim] > 1 and (extent.rows or extent.rows_tokens)
+        for dim, extent in enumerate(axes.shape)
+    )
+    if merged is None and not apart:
+        return _Served(part)
+    copy = part.flatten(merged, merged + 1) if merged is not None else part.clone()
+    version = None if copy.is_inference() else copy._version
+    return _Served(copy, True, version, apart)
+
+
+def _put(whole: torch.Tensor, part: torch.Tensor, axes: Any, share: Share) -> None:
+    """Writes the part of an invoke into the whole, in place."""
+    axes = axes.sometimes if isinstance(axes, Opaque) else axes
+    region, merged = _region(whole, axes, share)
+    if merged is not None:
+        part = part.reshape(region.shape)
+    region.copy_(part)
+
+
+def _region(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> tuple[torch.Tensor, int | None]:
+    """A view of the part of an invoke. Where rows and tokens are one dimension and padding stands between them, they
+    are two here, the first of which is named.
+
+    Raises:
+        CannotDivideError: which entries belong to the invoke cannot be told.
+    """
+    if tensor.dim() != len(axes.shape):
+        raise CannotDivideError(f"it has {tensor.dim()} dimensions, not {len(axes.shape)}")
+    rows, part = share.sizes.rows, share.part
+    merged: int | None = None
+    for dim in reversed(range(tensor.dim())):
+        extent, size = axes.shape[dim], tensor.shape[dim]
+        match extent:
+            case Extent(rows=0, tokens=0, rows_tokens=0):
+                continue
+            case Extent(constant=0, rows=times, tokens=0, rows_tokens=0):
+                if size != times * rows:
+                    raise CannotDivideError(f"a dimension of {size} is not {extent} for {rows} rows")
+                tensor = tensor.narrow(dim, part.start * times, part.rows * times)
+            case Extent(constant=0, rows=0, tokens=1, rows_tokens=0):
+                padding = share.padding(size)
+                if padding:
+                    tensor = tensor.narrow(dim, padding, size - padding)
+            case Extent(constant=0, rows=0, tokens=0, rows_tokens=times):
+                each, rest = divmod(size, rows)
+                if rest or each % times:
+                    raise CannotDivideError(f"a dimension of {size} is not {extent} for {rows} rows")
+                tensor = tensor.narrow(dim, part.start * each, part.rows * each)
+                padding = share.padding(each // times)
+                if not padding:
+                    continue
+                if times > 1:
+                    raise CannotDivideError(f"it has {extent} entries in a row, some of which are padding's")
+                if part.rows == 1:
+                    tensor = tensor.narrow(dim, padding, each - padding)
+                else:
+                    shape = (*tensor.shape[:dim], part.rows, each, *tensor.shape[dim + 1 :])
+                    tensor = tensor.view(shape).narrow(dim + 1, padding, each - padding)
+                    merged = dim if merged is None else merged + 1
+            case _ if extent.rows or extent.rows_tokens:
+                raise CannotDivideError(f"a dimension of it counts {extent}")
+            case _:
+                if part.padding:
+                    raise CannotDivideError(f"a dimension of it counts {extent}, some of which are padding's")
+    return tensor, merged
