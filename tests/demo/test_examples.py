@@ -70,3 +70,14 @@ def test_ablating_a_unit_that_is_silent_moves_nothing(run) -> None:
     assert len(moved) == 8
     assert all((change == 0) == (unit == 0) for change, unit in zip(moved, hidden.tolist(), strict=True))
     assert any(moved)
+
+
+def test_attribution_patching_finds_what_patching_finds(run) -> None:
+    header, *rows = run("gradients.py")
+    tower, last = header.split().index("Tower") - 1, header.split().index("of") - 1
+    for guess, true in zip(rows[::2], rows[1::2], strict=True):
+        guessed, found = numbers(guess)[1:], numbers(true)[1:]
+        assert guessed[0] == found[0] == 0
+        assert max(range(8), key=guessed.__getitem__) == max(range(8), key=found.__getitem__)
+    assert max(range(8), key=numbers(rows[0])[1:].__getitem__) == tower
+    assert max(range(8), key=numbers(rows[-2])[1:].__getitem__) == last
