@@ -1,5 +1,5 @@
-"""Attribution patching: how much each layer and position matters, estimated for all at once by one backward pass, beside
-what patching them one by one gives.
+"""Attribution patching: how much each layer and position matters, estimated by one backward pass for all, beside what
+patching them one by one gives.
 
 python examples/gradients.py [MODEL]
 """
