@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any, Protocol, final
 from typing import Literal as OneOf
 
@@ -299,16 +300,18 @@ def _input_hook(
     return hook
 
 
-def _requires_grad(value: Any) -> bool:
+def _requires_grad(value: Any, depth: int = 4) -> bool:
+    """Whether a value is, or holds, a tensor that requires a gradient: in containers, modules and plain objects."""
     if isinstance(value, torch.Tensor):
         return value.requires_grad
     if isinstance(value, nn.Module):
         return any(parameter.requires_grad for parameter in value.parameters())
+    if not depth or isinstance(value, (type, ModuleType, FunctionType)) or hasattr(type(value), "_ready"):
+        return False
     if isinstance(value, (list, tuple)):
-        return any(map(_requires_grad, value))
-    if isinstance(value, dict):
-        return any(map(_requires_grad, value.values()))
-    return False
+        return any(_requires_grad(item, depth - 1) for item in value)
+    held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    return isinstance(held, dict) and any(_requires_grad(item, depth - 1) for item in held.values())
 
 
 def resolve(model: Any, path: str) -> nn.Module:

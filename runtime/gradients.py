@@ -82,7 +82,7 @@ def recorded(root: nn.Module, wanted: Span | None, named: tuple[str, ...], every
             f"{where}the model recomputes its values in the backward pass (gradient checkpointing), which would be"
             " without what the experiment does to them\n  way out: `model.gradient_checkpointing_disable()`"
         )
-    counting = {id(_parameter(root, name)) for name in named}
+    counting = _parameters(root, named)
     frozen = [each for each in root.parameters() if each.requires_grad and id(each) not in counting]
     before, _CURRENT.root = _CURRENT.root, root
     try:
@@ -95,9 +95,10 @@ def recorded(root: nn.Module, wanted: Span | None, named: tuple[str, ...], every
         _CURRENT.root = before
 
 
-def _parameter(root: nn.Module, name: str) -> object:
-    path, _, last = name.rpartition(".")
-    return getattr(root.get_submodule(path), last, None)
+def _parameters(root: nn.Module, names: tuple[str, ...]) -> set[int]:
+    """The identities of the parameters of these names, where the model has them."""
+    found = dict(root.named_parameters(remove_duplicate=False)) if names else {}
+    return {id(found[name]) for name in names if name in found}
 
 
 class _Begin(torch.autograd.Function):
@@ -227,11 +228,13 @@ class Backward:
     """The plan of one backward pass.
 
     changes: the lines that write in place to what may be needed.
+    named: the weights of the models that count, by their paths.
     """
 
     span: Span
     pieces: tuple[Piece, ...]
     changes: tuple[Span, ...]
+    named: tuple[str, ...]
 
     def run(
         self,
@@ -259,7 +262,7 @@ class Backward:
             )
         arrived = [False] * len(self.pieces)
         handles = [self._hook(number, each, arrived, state) for number, each in enumerate(tracked)]
-        handles += _spare(loss, models, tracked)
+        handles += _spare(loss, models, self.named)
         try:
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
@@ -319,16 +322,20 @@ class Backward:
         )
 
 
-def _spare(loss: torch.Tensor, models: tuple[Any, ...], tracked: tuple[Tracked, ...]) -> list[Any]:
-    """Has the weights of these models accumulate nothing, where a loss reaches them: those that are not tracked."""
-    weights = {id(each): each for model in models for each in model._module.parameters() if each.requires_grad}
+def _spare(loss: torch.Tensor, models: tuple[Any, ...], named: tuple[str, ...]) -> list[Any]:
+    """Has the weights of these models accumulate nothing where a loss reaches them, but for those that are named."""
+    weights: set[int] = set()
+    for model in models:
+        counting = _parameters(model._module, named)
+        weights.update(
+            id(each) for each in model._module.parameters() if each.requires_grad and id(each) not in counting
+        )
     if not weights:
         return []
-    asked = {each.edge.node for each in tracked}
     return [
         node.register_prehook(lambda gradients: (None,) * len(gradients))
         for node in _leaves(loss)
-        if id(node.variable) in weights and node not in asked
+        if id(node.variable) in weights
     ]
 
 

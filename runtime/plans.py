@@ -304,7 +304,8 @@ class _Generator(Statements):
                 writes = any(not isinstance(each, Grad) for each in inside)
                 pieces.append(gradients.Piece(part.span, writes, tuple(sorted(homes - {number}))))
                 yield part, pieces[-1]
-            self.backwards[id(op)] = gradients.Backward(op.span, tuple(pieces), changes)
+            named = _named_weights(self.program, origins)
+            self.backwards[id(op)] = gradients.Backward(op.span, tuple(pieces), changes, named)
 
     def _backward(self, op: Backward) -> list[ast.stmt]:
         rest = _arguments(op.arguments, self)
@@ -455,10 +456,14 @@ def _wants_gradients(op: Op) -> bool:
 
 def _named_weights(program: Program, origins: Origins) -> tuple[str, ...]:
     """The weights of models whose gradients are asked for, by their paths."""
-    made = (origins.definition(op.value) for op in walk(program.body) if isinstance(op, Track))
+    asked = (
+        op.value if isinstance(op, Track) else op.object
+        for op in walk(program.body)
+        if isinstance(op, Track) or (isinstance(op, Attribute) and op.name == "grad")
+    )
     return tuple(
         f"{op.object.path}.{op.name}".strip(".")
-        for op in made
+        for op in map(origins.definition, asked)
         if isinstance(op, Attribute) and isinstance(op.object, Module)
     )
 
