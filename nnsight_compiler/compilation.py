@@ -29,6 +29,7 @@ from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.record_gradients import record_gradients
 from nnsight_compiler.passes.rows import check_rows
 from nnsight_compiler.passes.shapes import Extent, Surroundings
 from nnsight_compiler.passes.sites import check_sites, forwards, operations
@@ -53,6 +54,7 @@ PASSES = (
     "check_unused_values",
     "eliminate_dead_saves",
     "eliminate_common_subexpressions",
+    "record_gradients",
     "place",
     "copy_on_save",
 )
@@ -252,6 +254,7 @@ def lower_program(
         check_unused_values,
         dead,
         eliminate_common_subexpressions,
+        lambda source: record_gradients(source, order),
         lambda source: place(source, order),
         copy_on_save,
     )

@@ -15,6 +15,7 @@ import torch
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.values import NONE, Module, Operand, Value
+from nnsight_compiler.passes import differentiation
 from nnsight_compiler.passes.behaviour import KnownCall
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -28,6 +29,7 @@ from nnsight_compiler.passes.facts import (
     SiteModule,
     Tracer,
     constant,
+    holds_values,
     immutable,
 )
 from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
@@ -89,6 +91,11 @@ class Calls(Inlining):
             return transparent
         if isinstance(value, torch.nn.Module):
             return self._kept(op, function, arguments, MODULE_CALL)
+        if value is torch.autograd.grad:
+            found = differentiation.gradients(self.specialiser, op, arguments)
+            if found is not None:
+                self.specialiser.guards.rely_on_identity(function.fact)
+                return found
         known = known_function(value)
         if known is not None and known.target.startswith(METHODS):
             # The receiver is the first argument only where the method is spelled with its class.
@@ -287,6 +294,8 @@ class Calls(Inlining):
                 return self._kept(op, function, arguments, None)
             case Elements() as container:
                 return self._of_container(op, function, container, name, arguments)
+        if name == "backward" and receiver.live and not self.specialiser.closures:
+            return differentiation.backward_call(self.specialiser, op, receiver)
         if name == "save" and not arguments and receiver.live:
             return self.save(op, receiver)
         known = known_method(name)
@@ -362,6 +371,8 @@ class Calls(Inlining):
                 items.append(item)
                 if item.operand is None:
                     return Abstract(NONE, Known(None))
+            case "append", [item]:
+                container.held |= bool(item.live) or holds_values(item.fact)
             case "extend", [Abstract(fact=Elements(items=list() as more))] if items is not None:
                 items.extend(more)
             case "items", [] if container.kind == "dict" and items is not None:

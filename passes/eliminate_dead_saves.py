@@ -233,6 +233,8 @@ class _Elimination:
                 | ops.Yield()
             ):
                 return False
+            case ops.Gradients() | ops.Require() | ops.Track() | ops.AtGradient():
+                return True
             case ops.Bound(value=value) if isinstance(value, Unbound) or isinstance(
                 self.memory.origins.definition(value), ops.Global
             ):

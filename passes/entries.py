@@ -129,12 +129,13 @@ class Body:
                     )
                 ]
             )
-        moved: list[ops.Read] = []
+        moved: list[Op] = []
 
         def without(region: Region) -> Region:
             kept = []
             for inner in region.ops:
-                if isinstance(inner, ops.Read) and place_of(inner, self.order) not in sites:
+                hoists = isinstance(inner, ops.Read) and place_of(inner, self.order) not in sites
+                if hoists or (isinstance(inner, ops.Require) and any(inner.value in defined(each) for each in moved)):
                     moved.append(inner)
                 else:
                     kept.append(rewrite(inner, region=without))

@@ -20,6 +20,7 @@ from nnsight_compiler.passes.facts import (
     SiteModule,
     Tracer,
     constant,
+    holds_values,
     immutable,
     is_handle,
 )
@@ -126,7 +127,7 @@ class Items:
                 found = self._element(op, base.fact, items, index)
                 if found is not None:
                     return found
-        kept = self._kept(op, live=max(base.live, index.live))
+        kept = self._kept(op, live=max(base.live, index.live, 1 if holds_values(base.fact) else 0))
         match base.fact, index.fact:
             case Known(value=tuple() | list() | dict() as held), _ if not self._unchanged(held):
                 kept.at_run = True

@@ -21,6 +21,7 @@ from nnsight_compiler.ir.errors import IRError
 from nnsight_compiler.ir.ops import (
     AnyOp,
     At,
+    AtGradient,
     Attribute,
     Backward,
     Bound,
@@ -37,6 +38,7 @@ from nnsight_compiler.ir.ops import (
     Forward,
     Global,
     Grad,
+    Gradients,
     If,
     Import,
     Invoke,
@@ -45,6 +47,7 @@ from nnsight_compiler.ir.ops import (
     Operator,
     Raise,
     Read,
+    Require,
     Return,
     Save,
     Session,
@@ -57,6 +60,7 @@ from nnsight_compiler.ir.ops import (
     Steps,
     Stop,
     Store,
+    Track,
     Try,
     Unpack,
     While,
@@ -149,7 +153,7 @@ class Statements(Control):
                 return [ast.Assign(targets=[self.target(result)], value=self.operand(value, span))]
             case (
                 Forward() | Session() | Invoke() | Steps() | Read() | Write() | Skip() | Save() | Stop() | Backward()
-                | Grad() | SetGrad() | At()
+                | Grad() | SetGrad() | At() | Gradients() | Require() | Track() | AtGradient()
             ):  # fmt: skip
                 return self.model_op(op)
             case _:

@@ -383,8 +383,10 @@ _HOLES: dict[str, Callable[[Cursor], Any]] = {
     "define": Cursor.defined_name,
     "elements": lambda cursor: cursor.listed(cursor.element, ")", "]", "}"),
     "entries": lambda cursor: cursor.listed(cursor.entry, "}"),
+    "in": lambda cursor: cursor.operand() if cursor.accept("in") else None,
     "index": Cursor.index,
     "item": lambda cursor: (cursor.definition(),),
+    "leaf": lambda cursor: cursor.integer() if cursor.accept("leaf") else None,
     "loop": Cursor.loop,
     "maybe": lambda cursor: None if cursor.peek() is None or cursor.at("from") else cursor.operand(),
     "name": Cursor.name,
@@ -395,6 +397,7 @@ _HOLES: dict[str, Callable[[Cursor], Any]] = {
     "rows": lambda cursor: cursor.operand() if cursor.accept("of") else None,
     "relative": Cursor.relative,
     "signature": Cursor.signature,
+    "sparing": lambda cursor: cursor.listed(cursor.operand, ":") if cursor.accept("sparing") else (),
     "text": Cursor.text,
     "word": Cursor.word,
 }

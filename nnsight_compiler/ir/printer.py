@@ -274,8 +274,10 @@ _HOLES: dict[str, Callable[..., str]] = {
     "define": lambda value: spell_value(value.name),
     "elements": lambda elements: _joined(map(_element, elements)),
     "entries": lambda elements: _joined(_element(element, "**") for element in elements),
+    "in": lambda operand: "" if operand is None else f" in {print_operand(operand)}",
     "index": _index,
     "item": _item,
+    "leaf": lambda leaf: "" if leaf is None else f" leaf {leaf}",
     "loop": lambda body, iterable, initial: (
         f"{_item(body)} in {print_operand(iterable)}{_carry(body, initial, skipped=1)}"
     ),
@@ -288,6 +290,7 @@ _HOLES: dict[str, Callable[..., str]] = {
     "rows": lambda rows: "" if rows is None else f" of {print_operand(rows)}",
     "relative": lambda level, module: "." * level + (spell_text(module) if module else ""),
     "signature": _signature,
+    "sparing": lambda models: f" sparing {_joined(map(print_operand, models))}" if models else "",
     "text": spell_text,
     "word": str,
 }
