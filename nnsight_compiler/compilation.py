@@ -21,6 +21,7 @@ from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
 from nnsight_compiler.passes.facts import Guard
+from nnsight_compiler.passes.fill_caches import fill_caches
 from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
@@ -28,6 +29,7 @@ from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
+from nnsight_compiler.runtime.functions import generate_function
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Plan, plan
 from nnsight_compiler.runtime.support import UNBOUND
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 PASSES = (
     "specialise",
+    "fill_caches",
     "infer",
     "check_sites",
     "check_unused_values",
@@ -136,7 +139,7 @@ def lower_program(
 ) -> Specialised:
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
-    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND)
+    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, generate_function)
     result: list[Specialised] = []
     orders: dict[str, Order] = {}
 
@@ -156,6 +159,9 @@ def lower_program(
             orders[name] = observed(*at(forward)) if checker is None else checker.order(forward, *at(forward))
         return orders[name]
 
+    def modules(forward: ops.Forward) -> dict[str, torch.nn.Module]:
+        return dict(result[0].models[forward.result.name]._module.named_modules())
+
     def inferred(source: Program) -> Program:
         try:
             return infer(source, surroundings, lambda op: (extent_of if checker is None else checker.extent)(*at(op)))
@@ -168,6 +174,7 @@ def lower_program(
 
     steps: tuple[Callable[[Program], Program], ...] = (
         specialised,
+        lambda source: fill_caches(source, order, modules),
         inferred,
         lambda source: check_sites(source, order),
         check_unused_values,

@@ -15,6 +15,7 @@ import torch
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.values import NONE, Module, Operand
+from nnsight_compiler.passes import caching
 from nnsight_compiler.passes.behaviour import KnownCall
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -24,6 +25,7 @@ from nnsight_compiler.passes.facts import (
     Iteration,
     Known,
     Method,
+    Recording,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -253,6 +255,10 @@ class Calls(Inlining):
                 return self._of_module(op, receiver, name, arguments)
             case Tracer() if name == "barrier":
                 return Abstract(NONE, Known(None))
+            case Tracer(forward=forward) if name == "cache":
+                return caching.cache(self.specialiser, op, forward, arguments)
+            case Recording() if name == "save":
+                return receiver
             case Tracer() if name == "stop":
                 fail(
                     op.span,
@@ -330,6 +336,8 @@ class Calls(Inlining):
     def save(self, op: ops.Save | ops.Call, value: Abstract) -> Abstract:
         span = self.specialiser.span(op)
         match value.fact:
+            case Recording():
+                return value
             case SiteModule() | SiteCalls() | Tracer() | Function():
                 self.specialiser.fail(span, "only values can be saved, not modules", "save its `.output`")
             case Elements(kind="tuple", items=list() as items):

@@ -27,6 +27,7 @@ from nnsight_compiler.passes.facts import (
     Iteration,
     Known,
     Method,
+    Recording,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -146,6 +147,8 @@ class Evaluator(Items):
         return Known(value, text, None if parent is None else parent.anchor)
 
     def attribute(self, op: ops.Attribute | ops.Read, base: Abstract, name: str) -> Abstract:
+        if isinstance(base.fact, Recording) and name == "save":
+            return Abstract(None, Method(base, name), span=op.span)
         self.resolved(base)
         match base.fact:
             case SiteModule():

@@ -94,6 +94,13 @@ class Tracer:
     forward: Value
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What `tracer.cache(…)` gives: filled while the forward runs, and read after it."""
+
+    forward: Value
+
+
 @dataclass(slots=True)
 class Elements:
     """A container that the program itself made, element by element known. `items` becomes `None` when it is no longer
@@ -152,7 +159,7 @@ class Iteration:
     start: int = 0
 
 
-Fact = Known | SiteModule | SiteCalls | Tracer | Elements | Method | Function | Iteration | None
+Fact = Known | SiteModule | SiteCalls | Tracer | Recording | Elements | Method | Function | Iteration | None
 
 
 @dataclass(slots=True)

@@ -48,6 +48,7 @@ class Subject:
     lower: gives the IR of a helper function.
     save: the function that users import as `save`.
     unbound: what an empty cell holds.
+    function: makes a Python function of a program that runs no model, as `runtime.functions.generate_function` does.
     """
 
     arguments: Mapping[str, Any]
@@ -56,6 +57,7 @@ class Subject:
     lower: Callable[[FunctionType], Program]
     save: Callable[..., Any]
     unbound: object = None
+    function: Callable[..., FunctionType] | None = None
 
 
 class AccessInClosure(Exception):  # noqa: N818  # control flow, not an error

@@ -338,7 +338,9 @@ class PointsTo:
                 self._hold({Gradient("")}, self.reachable(gradient))
             case ops.At(body=body):
                 self._block(body, place)
-            case ops.Format() | ops.Delete() | ops.Raise() | ops.Stop():
+            case ops.Cache(result=result):
+                self._add(result, {Fresh(result.name)})  # what is recorded are copies
+            case ops.Record() | ops.Format() | ops.Delete() | ops.Raise() | ops.Stop():
                 pass
             case _:
                 assert_never(op)

@@ -12,13 +12,28 @@ from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any, final
 
-from nnsight_compiler.ir.ops import AnyOp, Argument, At, Op, Parameter, Read, Region, Save, SetItem, Stage, Write
+from nnsight_compiler.ir.ops import (
+    AnyOp,
+    Argument,
+    At,
+    Cache,
+    Op,
+    Parameter,
+    Read,
+    Record,
+    Region,
+    Save,
+    SetItem,
+    Stage,
+    Write,
+)
 from nnsight_compiler.ir.ops import Forward as ForwardOp
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
 from nnsight_compiler.ir.values import Module, Value
 from nnsight_compiler.passes.origins import Origins
+from nnsight_compiler.runtime import caches
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
@@ -178,6 +193,16 @@ class _Generator(Statements):
                 arguments = [self._value(), self.operand(value, op.span), ast.Constant(str(op.span))]
                 made = ast.Call(func=setter, args=arguments, keywords=[])
                 return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
+            case Cache():
+                given = (op.model, op.device, op.dtype, op.detach)
+                container = self.constant("cache", caches.ActivationCache)
+                made = ast.Call(func=container, args=[self.operand(each, op.span) for each in given], keywords=[])
+                return [ast.Assign(targets=[self.target(op.result)], value=made)]
+            case Record(step=step):
+                parts = [self.operand(each, op.span) for each in (op.cache, op.path)]
+                parts += [ast.Constant(op.port), self.operand(op.value, op.span), ast.Constant(op.call)]
+                parts.append(ast.Constant(None) if step is None else self.operand(step, op.span))
+                return [ast.Expr(ast.Call(func=self.constant("record", caches.record), args=parts, keywords=[]))]
             case Save(result=result, value=value):
                 kept = self.constant("keep", support.keep)
                 made = ast.Call(func=kept, args=[self.operand(value, op.span)], keywords=[])

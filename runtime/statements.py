@@ -26,6 +26,7 @@ from nnsight_compiler.ir.ops import (
     Bound,
     Break,
     Build,
+    Cache,
     Call,
     Cell,
     Closure,
@@ -45,6 +46,7 @@ from nnsight_compiler.ir.ops import (
     Operator,
     Raise,
     Read,
+    Record,
     Return,
     Save,
     SetAttribute,
@@ -148,7 +150,7 @@ class Statements(Control):
                 return [ast.Assign(targets=[self.target(result)], value=self.operand(value, span))]
             case (
                 Forward() | Invoke() | Steps() | Read() | Write() | Skip() | Save() | Stop() | Backward() | Grad()
-                | SetGrad() | At()
+                | SetGrad() | At() | Cache() | Record()
             ):  # fmt: skip
                 return self.model_op(op)
             case _:
