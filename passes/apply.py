@@ -15,7 +15,7 @@ import torch
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.values import NONE, Module, Operand, Value
-from nnsight_compiler.passes import differentiation
+from nnsight_compiler.passes import caching, differentiation
 from nnsight_compiler.passes.behaviour import KnownCall
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -25,6 +25,7 @@ from nnsight_compiler.passes.facts import (
     Iteration,
     Known,
     Method,
+    Recording,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -279,6 +280,10 @@ class Calls(Inlining):
                 fail(op.span, "`.invoke(…)` without `with` runs nothing", "write `with tracer.invoke(…):`")
             case Tracer(forward=forward) if name == "stop":
                 return self.stop(op, forward, arguments)
+            case Tracer(forward=forward) if name == "cache":
+                return caching.cache(self.specialiser, op, forward, arguments)
+            case Recording() if name == "save":
+                return receiver
             case Tracer():
                 fail(op.span, f"`.{name}` of a tracer is not run by this version yet")
             case Known(value=value) if isinstance(value, torch.Tensor):
@@ -395,6 +400,8 @@ class Calls(Inlining):
     def save(self, op: ops.Save | ops.Call, value: Abstract) -> Abstract:
         span = self.specialiser.span(op)
         match value.fact:
+            case Recording():
+                return value
             case SiteModule() | SiteCalls() | Tracer() | Function():
                 self.specialiser.fail(span, "only values can be saved, not modules", "save its `.output`")
             case Elements(kind="tuple", items=list() as items):

@@ -215,6 +215,9 @@ class Body:
         writes = {_key(root) for root in self.memory.writes(op) - elsewhere if not isinstance(root, Site)}
         for inner in (op, *(each for part in regions(op) for each in walk(part))):
             match inner:
+                case ops.Record(cache=cache):  # which of two records comes first makes no difference
+                    filled = set(map(_key, self.memory.roots(cache)))
+                    reads, writes = reads - filled, writes - filled
                 case ops.Call():
                     known = self.memory.origins.known(inner)
                     host = known is None and not isinstance(inner.function, Module)

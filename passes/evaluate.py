@@ -29,6 +29,7 @@ from nnsight_compiler.passes.facts import (
     Known,
     Method,
     OpenSession,
+    Recording,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -151,6 +152,8 @@ class Evaluator(Items):
         return Known(value, text, None if parent is None else parent.anchor)
 
     def attribute(self, op: ops.Attribute | ops.Read, base: Abstract, name: str) -> Abstract:
+        if isinstance(base.fact, Recording) and name == "save":
+            return Abstract(None, Method(base, name), span=op.span)
         self.resolved(base)
         match base.fact:
             case SiteModule():

@@ -101,6 +101,13 @@ class OpenSession:
     """What `with model.session() as session` binds."""
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What `tracer.cache(…)` gives: filled while the forward runs, and read after it."""
+
+    forward: Value
+
+
 @dataclass(slots=True)
 class Elements:
     """A container that the program itself made, element by element known. `items` becomes `None` when it is no longer
@@ -175,7 +182,9 @@ class Iteration:
     start: int = 0
 
 
-Fact = Known | SiteModule | SiteCalls | Tracer | OpenSession | Elements | Method | Function | Iteration | None
+Fact = (
+    Known | SiteModule | SiteCalls | Tracer | OpenSession | Recording | Elements | Method | Function | Iteration | None
+)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.values import Literal, Module, Slice, Value
+from nnsight_compiler.passes import caching
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
@@ -16,6 +17,7 @@ from nnsight_compiler.passes.facts import (
     Known,
     Method,
     OpenSession,
+    Recording,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -51,6 +53,8 @@ class Items:
             if handle._path:
                 self.specialiser.guards.add(f"{text}._path", "value", handle._path)
             value.fact = SiteModule(handle, value.operand, text)
+        elif isinstance(value.fact, Recording):
+            caching.refuse_use(self.specialiser, value)
         return value
 
     def module(self, model: Abstract, path: str) -> Abstract:

@@ -226,6 +226,10 @@ class Memory:
                 return self._points_to.spread(self.roots(parts[0]))
             case ops.Write() | ops.Skip():
                 return self._points_to.sites(op)
+            case ops.Cache(result=made):
+                return frozenset({Fresh(made.name)})
+            case ops.Record(cache=cache):
+                return self.roots(cache)
             case ops.SetGrad():
                 return frozenset({Gradient("")})
             case ops.Backward():

@@ -341,7 +341,11 @@ class PointsTo:
                 self._block(body, place)
             case ops.Gradients(result=result):
                 self._add(result, {Fresh(result.name)})
-            case ops.Format() | ops.Delete() | ops.Raise() | ops.Stop() | ops.Require() | ops.Track():
+            case ops.Cache(result=result):
+                self._add(result, {Fresh(result.name)})  # what is recorded are copies
+            case (
+                ops.Record() | ops.Format() | ops.Delete() | ops.Raise() | ops.Stop() | ops.Require() | ops.Track()
+            ):  # fmt: skip
                 pass
             case _:
                 assert_never(op)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal as OneOf
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.builder import Builder
@@ -172,7 +173,7 @@ class _Recording:
         """Starts the recording where the tensors at a site were made, if they may have been used before they came
         there."""
         order = self.orders(forward)
-        at = event_port(read.port)
+        at: OneOf["output", "input"] = "output" if read.port == "output" else "input"
         place = locate(module.path, at, read.call, read.span, order)
         for path, port, call, leaf in order.beginnings(place.path, at, place.call or 0, read.port == "input"):
             key = forward.result.name, f"{path} {port} {call} {leaf}"

@@ -61,7 +61,7 @@ class Place:
     time: int
 
 
-def event_port(port: str) -> OneOf["output", "input"]:
+def event_port(port: str) -> EventPort:
     """Where a port lives: `input` and `inputs` are the same event."""
     match port:
         case "output" | "skip":

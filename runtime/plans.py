@@ -19,6 +19,7 @@ from nnsight_compiler.ir.ops import (
     AtGradient,
     Attribute,
     Backward,
+    Cache,
     Call,
     Grad,
     Gradients,
@@ -27,6 +28,7 @@ from nnsight_compiler.ir.ops import (
     Op,
     Parameter,
     Read,
+    Record,
     Region,
     Require,
     Save,
@@ -46,7 +48,7 @@ from nnsight_compiler.ir.traverse import defined, definitions, regions, used, wa
 from nnsight_compiler.ir.values import Module, Operand, Tuple, Value, values_in
 from nnsight_compiler.passes.inline import MODULE_CALL
 from nnsight_compiler.passes.origins import Origins
-from nnsight_compiler.runtime import gradients, observed_calls
+from nnsight_compiler.runtime import caches, gradients, observed_calls
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, Given, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
@@ -311,6 +313,16 @@ class _Generator(Statements):
                 return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
             case Stop():
                 return [ast.Assign(targets=[self._value(ast.Store())], value=self.constant("stop", Stopped(op.span)))]
+            case Cache():
+                given = (op.model, op.device, op.dtype, op.detach)
+                container = self.constant("cache", caches.ActivationCache)
+                made = ast.Call(func=container, args=[self.operand(each, op.span) for each in given], keywords=[])
+                return [ast.Assign(targets=[self.target(op.result)], value=made)]
+            case Record(step=step):
+                parts = [self.operand(each, op.span) for each in (op.cache, op.path)]
+                parts += [ast.Constant(op.port), self.operand(op.value, op.span), ast.Constant(op.call)]
+                parts.append(ast.Constant(None) if step is None else self.operand(step, op.span))
+                return [ast.Expr(ast.Call(func=self.constant("record", caches.record), args=parts, keywords=[]))]
             case Save(result=result, value=value):
                 kept = self.constant("keep", support.keep)
                 made = ast.Call(func=kept, args=[self.operand(value, op.span)], keywords=[])

@@ -27,6 +27,7 @@ from nnsight_compiler.ir.ops import (
     Bound,
     Break,
     Build,
+    Cache,
     Call,
     Cell,
     Closure,
@@ -47,6 +48,7 @@ from nnsight_compiler.ir.ops import (
     Operator,
     Raise,
     Read,
+    Record,
     Require,
     Return,
     Save,
@@ -153,7 +155,7 @@ class Statements(Control):
                 return [ast.Assign(targets=[self.target(result)], value=self.operand(value, span))]
             case (
                 Forward() | Session() | Invoke() | Steps() | Read() | Write() | Skip() | Save() | Stop() | Backward()
-                | Grad() | SetGrad() | At() | Gradients() | Require() | Track() | AtGradient()
+                | Grad() | SetGrad() | At() | Cache() | Record() | Gradients() | Require() | Track() | AtGradient()
             ):  # fmt: skip
                 return self.model_op(op)
             case _:

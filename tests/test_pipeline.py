@@ -44,6 +44,7 @@ from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
+from nnsight_compiler.passes.fill_caches import fill_caches
 from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.manager import DEBUG_VARIABLE, PassResult
 from nnsight_compiler.passes.place import place
@@ -230,6 +231,7 @@ def order(_: ops.Forward) -> Order:
 SUBJECT = Subject({**ARGUMENTS, "model": tiny(), "scale": 2.0}, {"random": random}, {}, lower_function, save)
 RUNS: Mapping[str, Callable[[Program], Program]] = {
     "specialise": lambda program: specialise(program, SUBJECT).program,
+    "fill_caches": lambda program: fill_caches(program, order, lambda _: dict(tiny()._module.named_modules())),
     "infer": lambda program: infer(
         program, Surroundings({**ARGUMENTS, "model": tiny()}, {}, {}), lambda _: extent_of(tiny(), ((CLEAN,), {}))
     ),

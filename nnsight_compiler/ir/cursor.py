@@ -395,6 +395,7 @@ _HOLES: dict[str, Callable[[Cursor], Any]] = {
     "owner": Cursor.operand,
     "parts": lambda cursor: cursor.listed(cursor.part, ":"),
     "rows": lambda cursor: cursor.operand() if cursor.accept("of") else None,
+    "step": lambda cursor: cursor.operand() if cursor.accept("step") else None,
     "relative": Cursor.relative,
     "signature": Cursor.signature,
     "sparing": lambda cursor: cursor.listed(cursor.operand, ":") if cursor.accept("sparing") else (),

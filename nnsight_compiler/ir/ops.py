@@ -560,6 +560,46 @@ class Save(Op):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Cache(Op):
+    """A container for what modules of `model` give in the surrounding forward, after all that is written there. The
+    pass `fill_caches` makes the reads, and the `record`s that fill it.
+
+    named: a tuple of paths of modules that must run. others: one of modules that are recorded if they run, or
+        `Literal(None)` for every module.
+    ports: a tuple of what is recorded of each: `output`, `inputs`.
+    device, dtype: where the tensors go, and what dtype those of floating point get; `None` leaves them as they are.
+    detach: whether they are cut off from what gradients flow through.
+    """
+
+    effects = Effect.WRITES
+    result: Value
+    model: Operand
+    named: Operand
+    others: Operand
+    ports: Operand
+    device: Operand
+    dtype: Operand
+    detach: Operand
+    rows: Operand | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Record(Op):
+    """Puts a copy of what a module gave into a cache, under the module's `path`. `call` and `step` tell several values
+    of one module apart."""
+
+    effects = Effect.WRITES
+    cache: Operand
+    path: Operand
+    port: Port
+    value: Operand
+    call: int | None = None
+    step: Operand | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Stop(Op):
     """The forward ends here; what follows in the model does not run."""
 
@@ -664,8 +704,8 @@ AnyOp = (
     Global | SetGlobal | Cell | Load | Store | Bound | Import
     | Attribute | SetAttribute | Item | SetItem | Delete | Build | Format | Unpack | Operator | Call | Closure | Stage
     | If | For | While | Try | With | Yield | Emit | Break | Continue | Return | Raise
-    | Forward | Session | Invoke | Steps | Read | Write | Skip | Save | Stop | Backward | Grad | SetGrad | At
-    | Gradients | Require | Track | AtGradient
+    | Forward | Session | Invoke | Steps | Read | Write | Skip | Save | Cache | Record | Stop
+    | Backward | Grad | SetGrad | At | Gradients | Require | Track | AtGradient
 )  # fmt: skip
 """Every op there is. `match` over it ends in `assert_never`."""
 

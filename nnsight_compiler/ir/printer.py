@@ -288,6 +288,7 @@ _HOLES: dict[str, Callable[..., str]] = {
     "owner": lambda operand: print_operand(operand) + (" " if isinstance(operand, Module) else ""),
     "parts": lambda parts: f" {_joined(map(_part, parts))}".rstrip(),
     "rows": lambda rows: "" if rows is None else f" of {print_operand(rows)}",
+    "step": lambda step: "" if step is None else f" step {print_operand(step)}",
     "relative": lambda level, module: "." * level + (spell_text(module) if module else ""),
     "signature": _signature,
     "sparing": lambda models: f" sparing {_joined(map(print_operand, models))}" if models else "",

@@ -100,6 +100,12 @@ FORMS: tuple[Form, ...] = (
     _form(ops.Skip, "skip {module:operand}{call:call}{rows:rows} = {value:operand}"),
     _form(ops.Save, "save {value:operand}", copy=True),
     _form(ops.Save, "keep {value:operand}", copy=False),
+    _form(
+        ops.Cache,
+        "cache {model:operand} named {named:operand} others {others:operand} ports {ports:operand}"
+        " device {device:operand} dtype {dtype:operand} detach {detach:operand}{rows:rows}",
+    ),
+    _form(ops.Record, "record {cache:operand}[{path:operand}] {port:word}{call:call}{step:step} = {value:operand}"),
     _form(ops.Stop, "stop {tracer:operand}"),
     _form(ops.Backward, "backward {loss:operand}{arguments:arguments}{sparing:sparing}"),
     _form(ops.Grad, "grad {value:operand}"),

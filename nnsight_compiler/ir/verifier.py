@@ -183,7 +183,8 @@ class _Verifier:
         match op:
             case (
                 ops.Global() | ops.SetGlobal() | ops.Cell() | ops.Load() | ops.Store() | ops.Bound() | ops.Attribute()
-                | ops.SetAttribute() | ops.Item() | ops.SetItem() | ops.Format() | ops.Save() | ops.Track()
+                | ops.SetAttribute() | ops.Item() | ops.SetItem() | ops.Format() | ops.Save() | ops.Cache()
+                | ops.Track()
             ):  # fmt: skip
                 pass
             case ops.Import(module=module, name=name, level=level, leaf=leaf):
@@ -262,7 +263,7 @@ class _Verifier:
             case ops.Steps(body=body):
                 self.within(op, place.forward, "forward")
                 self.region(op, body, replace(inside, loop=0), 1)
-            case ops.Read() | ops.Write() | ops.Skip() | ops.Stop():
+            case ops.Read() | ops.Write() | ops.Skip() | ops.Stop() | ops.Record():
                 self.within(op, place.forward, "forward")
             case ops.Backward(arguments=arguments, body=body):
                 self.arguments(op, arguments)

@@ -248,7 +248,7 @@ class Maker:
         if place.depth < 4:
             kinds += [*NESTED, *NESTED]
         if place.forward:
-            kinds += [ops.Read, ops.Write, ops.Skip, ops.Stop] * 2
+            kinds += [ops.Read, ops.Write, ops.Skip, ops.Stop, ops.Record] * 2
             kinds += [ops.Require, *([ops.Invoke, ops.Steps, ops.At] * 2 if place.depth < 4 else [])]
         if place.backward:
             kinds += [ops.Grad, ops.SetGrad] * 3 + ([ops.AtGradient] * 2 if place.depth < 4 else [])
@@ -421,7 +421,7 @@ class Maker:
 SIMPLE = (
     ops.Global, ops.SetGlobal, ops.Cell, ops.Load, ops.Store, ops.Bound, ops.Import, ops.Attribute, ops.SetAttribute,
     ops.Item, ops.SetItem, ops.Delete, ops.Build, ops.Format, ops.Unpack, ops.Operator, ops.Call, ops.Save,
-    ops.Track, ops.Gradients,
+    ops.Cache, ops.Track, ops.Gradients,
 )  # fmt: skip
 MERGES = {(ops.Cell, "initial"), (ops.Store, "value"), (ops.Bound, "value")}
 NESTED = (ops.Closure, ops.If, ops.For, ops.While, ops.Try, ops.With, ops.Forward, ops.Session, ops.Backward)
