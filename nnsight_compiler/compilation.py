@@ -25,6 +25,7 @@ from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
 from nnsight_compiler.passes.specialise import Specialised, specialise
@@ -41,6 +42,7 @@ PASSES = (
     "infer",
     "check_sites",
     "check_unused_values",
+    "repeat_writes",
     "eliminate_dead_saves",
     "eliminate_common_subexpressions",
     "place",
@@ -171,6 +173,7 @@ def lower_program(
         inferred,
         lambda source: check_sites(source, order),
         check_unused_values,
+        repeat_writes,
         dead,
         eliminate_common_subexpressions,
         lambda source: place(source, order),

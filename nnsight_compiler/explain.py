@@ -182,7 +182,7 @@ def _names(program: Program, call: ops.Call, made: Mapping[str, Op]) -> dict[str
     """What stands in the guards of a stage, and what the user calls it: what a box holds, a value without a name."""
     names = {}
     for op in program.walk():
-        if isinstance(op, ops.Load) and isinstance(op.cell, Value):
+        if isinstance(op, ops.Load) and isinstance(op.cell, Value) and op.name is not None:
             names[f"{op.cell.name}.value"] = op.name
     for parameter, argument in zip(program.parameters, call.arguments, strict=True):
         name = parameter.value.name
@@ -333,7 +333,9 @@ def _spelled(operand: Operand, made: Mapping[str, Op]) -> str:
             return repr(value)
         case Value(name=name):
             match made.get(name):
-                case ops.Global(name=known) | ops.Load(name=known) | ops.Bound(name=known) | ops.Closure(name=known):
+                case ops.Global(name=known) | ops.Bound(name=known) | ops.Closure(name=known):
+                    return known
+                case ops.Load(name=str() as known):
                     return known
                 case ops.Operator(operator=sign, operands=(left, right)):
                     return f"{_spelled(left, made)} {sign} {_spelled(right, made)}"

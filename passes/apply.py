@@ -26,6 +26,7 @@ from nnsight_compiler.passes.facts import (
     Method,
     SiteCalls,
     SiteModule,
+    StepRange,
     Tracer,
     constant,
     immutable,
@@ -64,7 +65,7 @@ class Calls(Inlining):
                 return self._closure(op, function, fact, arguments)
             case SiteModule():
                 return self._kept(op, function, arguments, MODULE_CALL)
-            case SiteCalls() | Tracer():
+            case SiteCalls() | Tracer() | StepRange():
                 self.specialiser.fail(op.span, "this cannot be called")
             case Method(receiver=receiver, name=name):
                 return self._method(op, function, receiver, name, arguments)
@@ -249,10 +250,17 @@ class Calls(Inlining):
                     f"`.{name}(…)` without `with` runs nothing",
                     f"write `with {handle._path or 'model'}.{name}(…):`",
                 )
+            case SiteModule() as module if name == "next" and not hasattr(module.handle._module, "next"):
+                return self.evaluator.next_of(op, module)
             case SiteModule():
                 return self._of_module(op, receiver, name, arguments)
             case Tracer() if name == "barrier":
                 return Abstract(NONE, Known(None))
+            case Tracer(forward=forward) if name == "all" and not arguments:
+                self.evaluator.refuse_steps_of_trace(op.span)
+                return Abstract(None, StepRange(forward), span=op.span)
+            case Tracer() if name == "next" and not arguments:
+                return self.evaluator.next_step(op)
             case Tracer() if name == "stop":
                 fail(
                     op.span,
@@ -330,7 +338,7 @@ class Calls(Inlining):
     def save(self, op: ops.Save | ops.Call, value: Abstract) -> Abstract:
         span = self.specialiser.span(op)
         match value.fact:
-            case SiteModule() | SiteCalls() | Tracer() | Function():
+            case SiteModule() | SiteCalls() | Tracer() | StepRange() | Function():
                 self.specialiser.fail(span, "only values can be saved, not modules", "save its `.output`")
             case Elements(kind="tuple", items=list() as items):
                 return self.specialiser.pack([self.save(op, item) for item in items])
@@ -343,15 +351,6 @@ class Calls(Inlining):
         result = self.specialiser.builder.fresh(op.result.name)
         self.specialiser.emit(ops.Save(result, self.specialiser.use(value), span=span))
         return Abstract(result, None, value.loops, 0, span, value.at_run)
-
-    def refuse_steps(self, op: ops.For, iterable: Abstract) -> None:
-        match iterable.fact:
-            case Method(receiver=Abstract(fact=Tracer())):
-                self.specialiser.fail(
-                    op.span,
-                    "steps of a generation are part of the language, but this version does not run them yet",
-                    "run one `with model.trace(…)` for each token",
-                )
 
     def known_names(self, value: Abstract) -> list[str]:
         """The keys of a mapping, as far as they are known."""

@@ -219,7 +219,7 @@ class _Elimination:
         match op:
             case ops.Store(cell=cell):
                 return not isinstance(self.memory.origins.definition(cell), ops.Cell)  # a stage is given its cells
-            case ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad() | ops.Save():
+            case ops.FromEnd() | ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad() | ops.Save():
                 return False
             case ops.Stage() | ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
                 return False

@@ -36,6 +36,7 @@ from nnsight_compiler.passes.facts import (
     python_module,
 )
 from nnsight_compiler.passes.items import Items
+from nnsight_compiler.passes.step_ranges import steps_op
 
 if TYPE_CHECKING:
     from nnsight_compiler.passes.interpretation import Interpretation
@@ -224,6 +225,8 @@ class Evaluator(Items):
             return self._read(op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
+        if name == "next" and not hasattr(handle._module, "next"):
+            return Abstract(None, Method(base, name), span=op.span)
         if name in ("skip", "source"):
             self.specialiser.fail(
                 op.span,
@@ -261,16 +264,26 @@ class Evaluator(Items):
         if name in ("result", "output") and self.specialiser.forward is not None:
             if self.specialiser.forward.result != forward:
                 self.specialiser.fail(op.span, f"`.{name}` belongs to a forward that is not running here")
-            module = self.specialiser.forward.module
-            return self._read(op, self._module_value(module.handle._root, module, op.span), "output")
+            running = self.specialiser.forward
+            port = "result" if running.op.method == "generate" else "output"
+            return self._read(op, self._module_value(running.module.handle._root, running.module, op.span), port)
         return Abstract(None, Method(base, name), span=op.span)
 
     def _read(self, op: ops.Attribute | ops.Read, base: Abstract, port: str) -> Abstract:
         module, call = self.specialiser.site(base, op.span)
         result = self.specialiser.builder.fresh(op.result.name)
         span = self.specialiser.span(op)
-        self.specialiser.emit(ops.Read(result, module, _port(port), call, span=span))
+        self._access(base, ops.Read(result, module, _port(port), call, span=span))
         return Abstract(result, None, NO_LOOPS, 2, span, True)
+
+    def _access(self, base: Abstract, access: ops.Read | ops.Write) -> None:
+        """Emits an access to a site, at the step that `.next()` named."""
+        module = base.fact.module if isinstance(base.fact, SiteCalls) else base.fact
+        assert isinstance(module, SiteModule)
+        if module.step is None:
+            self.specialiser.emit(access)
+        else:
+            self.specialiser.emit(steps_op(self.specialiser, module.step, module.step + 1, (access,), access.span))
 
     def set_attribute(self, op: ops.SetAttribute | ops.Write, base: Abstract, name: str, value: Abstract) -> None:
         self.resolved(base)
@@ -278,7 +291,7 @@ class Evaluator(Items):
         match base.fact:
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
                 module, call = self.specialiser.site(base, op.span)
-                self.specialiser.emit(ops.Write(module, _port(name), self.specialiser.use(value), call, span=span))
+                self._access(base, ops.Write(module, _port(name), self.specialiser.use(value), call, span=span))
                 return
             case SiteModule(handle=handle):
                 self.specialiser.fail(
@@ -383,9 +396,10 @@ class Evaluator(Items):
 
 
 def _port(name: str) -> ops.Port:
-    if name == "output":
-        return "output"
-    return "input" if name == "input" else "inputs"
+    match name:
+        case "output" | "input" | "result":
+            return name
+    return "inputs"
 
 
 def _reads_plainly(kind: Any) -> bool:

@@ -72,11 +72,13 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class SiteModule:
-    """A module of a model. `model` is the value of the specialised program that holds the model."""
+    """A module of a model. `model` is the value of the specialised program that holds the model; `step` the step of a
+    generation that is meant, where `.next()` named one."""
 
     handle: Any
     model: Value
     text: str
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,17 @@ class Tracer:
     """What `with model.trace(…) as tracer` binds."""
 
     forward: Value
+
+
+@dataclass(frozen=True, slots=True)
+class StepRange:
+    """Steps of the generation that a tracer stands for: these numbers, or those from `start` to `stop` (open-ended
+    where it is `None`)."""
+
+    forward: Value
+    start: int = 0
+    stop: int | None = None
+    numbers: tuple[int, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -152,7 +165,7 @@ class Iteration:
     start: int = 0
 
 
-Fact = Known | SiteModule | SiteCalls | Tracer | Elements | Method | Function | Iteration | None
+Fact = Known | SiteModule | SiteCalls | Tracer | StepRange | Elements | Method | Function | Iteration | None
 
 
 @dataclass(slots=True)

@@ -35,6 +35,7 @@ from nnsight_compiler.passes.facts import (
     Known,
     SiteCalls,
     SiteModule,
+    StepRange,
     immutable,
 )
 from nnsight_compiler.passes.inline import Unreachable
@@ -81,6 +82,8 @@ class Forwarding:
     op: the forward in the source program; `index`: the op of its body that is interpreted now.
     depth: how many regions are open around it.
     changes: what its body changes; facts hold on inside it, since no stage can begin there.
+    steps: the loop over steps that is being interpreted.
+    nexts: how often `.next()` was said of the tracer (under the empty path) and of each module.
     """
 
     result: Value
@@ -90,6 +93,8 @@ class Forwarding:
     depth: int
     index: int = 0
     changes: Changes = field(default_factory=Changes)
+    steps: Op | None = None
+    nexts: dict[str, int] = field(default_factory=dict)
 
 
 class Interpretation:
@@ -108,6 +113,8 @@ class Interpretation:
         self.models: dict[str, Any] = {}
         self.conditions: list[tuple[int, Abstract]] = []
         self.rolled: list[int] = []
+        self.over: set[int] = set()
+        """The loops over steps: what depends on the number of a step may stay a condition of the run."""
         self.unrolling: list[Op] = []
         self.inlined: list[str] = []
         self.closures = 0
@@ -237,6 +244,18 @@ class Interpretation:
         """Called where a value must be known and is not: unrolling a loop, or a stage that begins later, helps."""
         raise NotImplementedError
 
+    def over_steps(self, op: ops.For, steps: StepRange) -> Completion | None:
+        """A loop over steps of a generation."""
+        raise NotImplementedError
+
+    def in_steps(self, op: ops.With, steps: StepRange) -> Completion | None:
+        """A `with` around what happens at steps of a generation."""
+        raise NotImplementedError
+
+    def complete(self, made: list[Op]) -> list[Op]:
+        """The body of a forward, once all of it is interpreted."""
+        raise NotImplementedError
+
     def made_inside(self, value: Abstract) -> bool:
         """Whether a value depends on what the body of the forward around makes: values of the model, host calls."""
         raise NotImplementedError
@@ -262,8 +281,9 @@ class Interpretation:
         for identity, condition in self.conditions:
             if isinstance(condition.fact, Known):
                 raise Undecided(fold={identity})
-            if condition.loops - self.decisions.roll and not condition.at_run:
-                raise Undecided(unroll=set(condition.loops))
+            loops = condition.loops - self.decisions.roll - self.over
+            if loops and not condition.at_run:
+                raise Undecided(unroll=set(loops))
 
     def site(self, value: Abstract, span: Span) -> tuple[Module, int | None]:
         """The module that an access names, as an operand, and its call index."""

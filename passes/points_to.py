@@ -338,7 +338,7 @@ class PointsTo:
                 self._hold({Gradient("")}, self.reachable(gradient))
             case ops.At(body=body):
                 self._block(body, place)
-            case ops.Format() | ops.Delete() | ops.Raise() | ops.Stop():
+            case ops.Format() | ops.FromEnd() | ops.Delete() | ops.Raise() | ops.Stop():
                 pass
             case _:
                 assert_never(op)

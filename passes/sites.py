@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal as OneOf
@@ -16,8 +17,13 @@ from nnsight_compiler.ir.traverse import regions, used, walk
 from nnsight_compiler.ir.values import Module
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.memory import Memory, Root, Site, Weight
+from nnsight_compiler.passes.moments import Moment, first_step, last_step, with_steps
 
 EventPort = OneOf["output", "input"]
+PlacePort = OneOf["output", "input", "result"]
+
+RESULT = 1 << 62
+"""The time of what a generation returns: after everything."""
 
 
 class Order(Protocol):
@@ -39,14 +45,17 @@ class Place:
     """A site, at its time in the forward. `call` is `None` for a module that runs once."""
 
     path: str
-    port: EventPort
+    port: PlacePort
     call: int | None
     time: int
 
 
-def event_port(port: str) -> EventPort:
+def event_port(port: str) -> PlacePort:
     """Where a port lives: `input` and `inputs` are the same event."""
-    return "output" if port == "output" else "input"
+    match port:
+        case "output" | "result":
+            return port
+    return "input"
 
 
 def place_of(op: ops.Read | ops.Write | ops.Skip, order: Order) -> Place:
@@ -60,8 +69,10 @@ def place_of(op: ops.Read | ops.Write | ops.Skip, order: Order) -> Place:
     return locate(op.module.path, port, op.call, op.span, order)
 
 
-def locate(path: str, port: EventPort, call: int | None, span: Span, order: Order) -> Place:
+def locate(path: str, port: PlacePort, call: int | None, span: Span, order: Order) -> Place:
     """The place of a site in the forward; errors point to `span`."""
+    if port == "result":
+        return Place(path, port, None, RESULT)
     count = order.count(path)
     name = path or "the model"
     if count == 0:
@@ -192,14 +203,17 @@ def _written_through(program: Program, body: list[Op], memory: Memory) -> Iterat
 def _unnoticed(
     program: Program, forward: ops.Forward, body: list[Op], places: dict[int, Place], memory: Memory, order: Order
 ) -> Iterator[Diagnostic]:
-    last_read = max((places[id(op)].time for op in body if isinstance(op, ops.Read)), default=-1)
+    around = {id(op): steps for op, steps in with_steps(forward.body)}
+    reads = [op for op in body if isinstance(op, ops.Read)]
+    last_read = max((_last(around[id(op)], places[id(op)].time) for op in reads), default=(-1.0, -1))
     later = [op for op in walk(program.body)]
     index = {id(op): number for number, op in enumerate(later)}
     for op in body:
         times = _written(op, forward, places, memory, order)
         if not times:
             continue
-        if last_read > min(times):
+        steps = around[id(op)]
+        if last_read > (0 if steps is None else first_step(steps), min(times)):
             continue
         sites = {root for root in memory.writes(op) if isinstance(root, Site) and root.forward == forward.result.name}
         noticed = any(
@@ -214,6 +228,11 @@ def _unnoticed(
                 "this write can reach nothing: nothing is read from the model after it",
                 "read or save something that it changes, such as `model.output`, in the same `with`",
             )
+
+
+def _last(steps: ops.Steps | None, time: int) -> Moment:
+    """When an access happens for the last time."""
+    return (math.inf if time == RESULT else 0 if steps is None else last_step(steps)), time
 
 
 def _written(op: Op, forward: ops.Forward, places: dict[int, Place], memory: Memory, order: Order) -> list[int]:

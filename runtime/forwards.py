@@ -17,6 +17,7 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.runtime.generation import Asked, Generation, Steps, covers
 
 SiteFunction = Callable[[Any, Any], Any]
 """`(value, state) -> value`: what the model goes on with."""
@@ -27,6 +28,9 @@ class Runnable(Protocol):
 
     def _ready(self) -> nn.Module: ...
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
+    def _prepare_generation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
 
 
 class _Active(threading.local):
@@ -52,14 +56,16 @@ class SitePlan:
 
     call: the number of the call, for a module that runs several times.
     calls: how often the module must run, where the call was counted from the end.
+    steps: in a generation, the steps at which the function does something.
     """
 
     path: str
-    port: OneOf["output", "input"]
+    port: OneOf["output", "input", "result"]
     call: int | None
     function: SiteFunction
     span: Span
     calls: int | None = None
+    steps: tuple[Steps, ...] = ()
 
     def __str__(self) -> str:
         return f"`{self.path or 'the model'}` {self.port}"
@@ -73,17 +79,26 @@ class Forward:
     copies: whether the functions may write in place: the model is then given copies, lest a site be a caller's tensor.
     brings: the names in the state of what comes from outside of the forward; gradients are recorded where one of these
         requires them.
+    generation: what a generation is asked for; `None` where the model runs once.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("_whole", "brings", "copies", "sites", "span", "stops")
+    __slots__ = ("_whole", "brings", "copies", "generation", "results", "sites", "span", "stops")
 
     def __init__(
-        self, sites: tuple[SitePlan, ...], stops: bool, copies: bool, brings: tuple[str, ...], span: Span
+        self,
+        sites: tuple[SitePlan, ...],
+        stops: bool,
+        copies: bool,
+        brings: tuple[str, ...],
+        span: Span,
+        generation: Asked | None = None,
     ) -> None:
-        self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
+        self.sites = tuple(site for site in sites if site.port != "result")
+        self.results = tuple(site for site in sites if site.port == "result")
+        self.stops, self.copies, self.brings, self.span, self.generation = stops, copies, brings, span, generation
         self._whole: set[Any] = set()
 
     def run(self, model: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> None:
@@ -94,21 +109,30 @@ class Forward:
         """
         grad = kwargs.pop("grad", False)
         root = model._ready()
-        args, kwargs = model._prepare(args, kwargs)
         run = object()
         fired = [0] * len(self.sites)
+        generation = None
+        if self.generation is not None:
+            generation = self._generation(self.generation, root, kwargs, state, run, fired)
+            args, kwargs = model._prepare_generation(args, kwargs)
+        else:
+            args, kwargs = model._prepare(args, kwargs)
         shapes = _shapes(args, kwargs) if self.stops else None
         stops = shapes in self._whole and not root.training
         last = len(self.sites) - 1
         handles = []
         before = _ACTIVE.run
         try:
+            if generation is not None:
+                handles.append(root.register_forward_pre_hook(_step_hook(generation, run)))
             for index, site in enumerate(self.sites):
                 module = self._module(root, site)
                 ends = stops and index == last
                 if site.port == "output":
                     started = None if site.call is None else _Started(run)
                     if started is not None:
+                        if generation is not None:
+                            generation.counters.append(started)
                         handles.append(module.register_forward_pre_hook(started))
                     handles.append(
                         module.register_forward_hook(_output_hook(site, run, state, fired, index, ends, started))
@@ -120,7 +144,9 @@ class Forward:
             records = torch.is_grad_enabled() and (grad or self._records(state, args, kwargs))
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})
-            if torch.is_grad_enabled() and not records:
+            if generation is not None:
+                result = generation.run(root, args, kwargs)
+            elif torch.is_grad_enabled() and not records:
                 with torch.no_grad():
                     root(*args, **kwargs)
             else:
@@ -132,7 +158,20 @@ class Forward:
             _ACTIVE.run = before
             for handle in handles:
                 handle.remove()
+        if generation is not None and self.generation is not None:
+            generation.finish(self.generation.steps)
+            for site in self.results:
+                site.function(result, state)
+            return
+        self._check(fired)
+        if shapes is not None and all(site.calls is None for site in self.sites):
+            self._whole.add(shapes)
+
+    def _check(self, fired: list[int], step: int | None = None) -> None:
+        """Refuses a forward, or a step, in which a site was not reached, or more often than the plan says."""
         for site, count in zip(self.sites, fired, strict=True):
+            if step is not None and not covers(site.steps, step):
+                continue
             if site.calls is not None and count != site.calls:
                 raise RunError(
                     f"{site.span}: {site} ran {count} times in this forward, but {site.calls} times in the one that"
@@ -140,9 +179,29 @@ class Forward:
                     "  way out: count from the start, as in `.calls[0]`"
                 )
             if count != 1 and (site.call is None or count <= site.call):
-                self._missed(site, count)
-        if shapes is not None and all(site.calls is None for site in self.sites):
-            self._whole.add(shapes)
+                self._missed(site, count, "this forward" if step is None else f"step {step} of this generation")
+
+    def _generation(
+        self, asked: Asked, root: nn.Module, kwargs: dict[str, Any], state: Any, run: object, fired: list[int]
+    ) -> Generation:
+        """A generation that is about to run; takes from its arguments what is not the model's."""
+        on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
+
+        def settle(step: int) -> None:
+            self._check(fired, step)
+            fired[:] = [0] * len(fired)
+
+        def plain(ids: torch.Tensor) -> None:
+            _ACTIVE.run = None  # what it calls is the plain model
+            try:
+                on_token(ids)
+            finally:
+                _ACTIVE.run = run
+
+        advance: Callable[[int], None] = lambda step: setattr(state, asked.slot, step)  # noqa: E731
+        generation = Generation(advance, settle, None if on_token is None else plain, seed)
+        generation.check(asked.steps, root, kwargs)
+        return generation
 
     @staticmethod
     def _module(root: nn.Module, site: SitePlan) -> nn.Module:
@@ -159,14 +218,14 @@ class Forward:
         return any(map(_requires_grad, (*brought, *args, *kwargs.values())))
 
     @staticmethod
-    def _missed(site: SitePlan, count: int) -> None:
+    def _missed(site: SitePlan, count: int, where: str) -> None:
         if count == 0:
             raise RunError(
-                f"{site.span}: {site} did not run in this forward, so what the experiment does there did not happen\n"
+                f"{site.span}: {site} did not run in {where}, so what the experiment does there did not happen\n"
                 "  way out: address a module that runs on these inputs"
             )
         raise RunError(
-            f"{site.span}: {site} ran {count} times in this forward, and what the experiment does there is meant for"
+            f"{site.span}: {site} ran {count} times in {where}, and what the experiment does there is meant for"
             " one\n"
             "  way out: say which call is meant, as in `.calls[0].output`"
         )
@@ -253,6 +312,14 @@ def _input_hook(
         if ends:
             raise _Stop(run)
         return None if result is given else result
+
+    return hook
+
+
+def _step_hook(generation: Generation, run: object) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        if _ACTIVE.run is run:
+            generation.begin()
 
     return hook
 

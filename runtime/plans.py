@@ -7,21 +7,38 @@ every other value is a local variable. The functions bear the user's file name a
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any, final
 
-from nnsight_compiler.ir.ops import AnyOp, Argument, At, Op, Parameter, Read, Region, Save, SetItem, Stage, Write
+from nnsight_compiler.ir.ops import (
+    AnyOp,
+    Argument,
+    At,
+    FromEnd,
+    Op,
+    Parameter,
+    Read,
+    Region,
+    Save,
+    SetItem,
+    Stage,
+    Steps,
+    Write,
+)
 from nnsight_compiler.ir.ops import Forward as ForwardOp
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
 from nnsight_compiler.ir.values import Module, Value
+from nnsight_compiler.passes.moments import first_step, last_step
 from nnsight_compiler.passes.origins import Origins
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
+from nnsight_compiler.runtime.generation import Asked, Wanted
 from nnsight_compiler.runtime.names import Names
 from nnsight_compiler.runtime.statements import Statements
 from nnsight_compiler.runtime.trees import load, locate
@@ -59,6 +76,7 @@ class _Generator(Statements):
         self.stages = stages
         self.value = self.names.temporary("value")
         self.state = self.names.temporary("state")
+        self.step = self.names.temporary("step")
         self.crossing = _crossing(program)
         self.reads: dict[str, str] = {}
         self.direct: set[str] = set()
@@ -74,13 +92,15 @@ class _Generator(Statements):
         plans: dict[int, list[SitePlan]] = {id(op): [] for op in forwards}
         for (op, at, _), function in zip(sites, functions, strict=True):
             plans[id(op)].append(
-                SitePlan(at.module.path, at.port, at.call, function, at.span, _counted_from_the_end(at))
+                SitePlan(at.module.path, at.port, at.call, function, at.span, _counted_from_the_end(at), _ranges(at))
             )
         origins = Origins(program)
         for op in forwards:
             copies = any(map(origins.writes_tensors, walk(op.body)))
-            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), copies, self._brings(op), op.span)
-        driver = self._driver(bool(sites))
+            stops = op.method == "trace" and _stops(op)
+            asked = Asked(self.names[self.step], _wanted(op)) if op.method == "generate" else None
+            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), stops, copies, self._brings(op), op.span, asked)
+        driver = self._driver(bool(sites) or any(op.method == "generate" for op in forwards))
         (run,) = link(self, [driver], globals_, closure, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
         return Plan(program, run, source, tuple(self.forwards.values()))
@@ -92,8 +112,10 @@ class _Generator(Statements):
         driver = self.define(name, program.name, parameters, program.body, program.span)
         prologue: list[ast.stmt] = []
         if has_state:
-            slots = tuple(dict.fromkeys(self.names[value] for value in self.crossing.values()))
-            state = type("State", (), {"__slots__": slots, "__doc__": "The values of one call that sites share."})
+            held = (*self.crossing.values(), self.step)
+            slots = tuple(dict.fromkeys(self.names[value] for value in held))
+            # Python changes slots' names that begin with two underscores, unless the class is named by them alone.
+            state = type("_", (), {"__slots__": slots, "__doc__": "The values of one call that sites share."})
             made = ast.Call(func=self.constant("State", state), args=[], keywords=[])
             prologue.append(ast.Assign(targets=[ast.Name(self.names[self.state], ast.Store())], value=made))
         for parameter in program.parameters:
@@ -178,6 +200,13 @@ class _Generator(Statements):
                 arguments = [self._value(), self.operand(value, op.span), ast.Constant(str(op.span))]
                 made = ast.Call(func=setter, args=arguments, keywords=[])
                 return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
+            case Steps():
+                return self._steps(op)
+            case FromEnd(result=result, index=index):
+                asked = self.constant("from_end", support.from_end)
+                given = [self.operand(index, op.span), ast.Constant(str(op.span))]
+                made = ast.Call(func=asked, args=given, keywords=[])
+                return [ast.Assign(targets=[self.target(result)], value=made)]
             case Save(result=result, value=value):
                 kept = self.constant("keep", support.keep)
                 made = ast.Call(func=kept, args=[self.operand(value, op.span)], keywords=[])
@@ -188,8 +217,29 @@ class _Generator(Statements):
         model = self.operand(op.model, op.span)
         positional, keyword = _arguments(op.arguments, self)
         runner = ast.Attribute(value=self.constant("forward", self.forwards[id(op)]), attr="run", ctx=ast.Load())
-        state: ast.expr = load(self.names[self.state]) if op.body.ops else ast.Constant(None)
+        used = bool(op.body.ops) or op.method == "generate"
+        state: ast.expr = load(self.names[self.state]) if used else ast.Constant(None)
         return [ast.Expr(value=ast.Call(func=runner, args=[model, positional, keyword, state], keywords=[]))]
+
+    def _steps(self, op: Steps) -> list[ast.stmt]:
+        """What happens at some steps of a generation."""
+        step = ast.Attribute(value=load(self.names[self.state]), attr=self.names[self.step], ctx=ast.Load())
+        (number,) = op.body.parameters
+        body: list[ast.stmt] = []
+        if self.uses[number.name]:
+            body.append(ast.Assign(targets=[self.target(number)], value=step))
+        body += self.within(op.body, self.exits)
+        start, last = first_step(op), last_step(op)
+        if last == start:
+            test = ast.Compare(left=step, ops=[ast.Eq()], comparators=[ast.Constant(start)])
+        elif last == math.inf and start == 0:
+            return body
+        elif last == math.inf:
+            test = ast.Compare(left=step, ops=[ast.GtE()], comparators=[ast.Constant(start)])
+        else:
+            bounds: list[ast.expr] = [step, ast.Constant(int(last))]
+            test = ast.Compare(left=ast.Constant(start), ops=[ast.LtE(), ast.LtE()], comparators=bounds)
+        return [ast.If(test=test, body=body or [ast.Pass()], orelse=[])]
 
     def _value(self, context: ast.expr_context | None = None) -> ast.Name:
         """The value at the site, in a site function."""
@@ -243,28 +293,45 @@ def _crossing(program: Program) -> dict[str, Value]:
     return {value.name: value for where, value in _uses(program.body, None) if home.get(value.name, where) is not where}
 
 
+def _ranges(at: At) -> tuple[tuple[int, int | None], ...]:
+    """The steps at which a site does something."""
+    return tuple(dict.fromkeys((each.start, each.stop) for each in _asked(at)))
+
+
+def _wanted(op: ForwardOp) -> tuple[Wanted, ...]:
+    """The steps that the program asks a generation for."""
+    return tuple(dict.fromkeys(each for at in _placed(op) for each in _asked(at)))
+
+
+def _asked(at: At) -> Iterator[Wanted]:
+    for op in walk(at.body):
+        if isinstance(op, Steps):
+            last = last_step(op)
+            yield Wanted(first_step(op), None if last == math.inf else int(last) + 1, op.span)
+
+
 def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]]:
     for op in region.ops:
         for value in defined(op):
             yield where, value
         for inner in regions(op):
             for value in inner.parameters:
-                yield where, value
-            yield from _definitions(inner, op if isinstance(op, At) else where)
+                yield op if isinstance(op, Steps) else where, value
+            yield from _definitions(inner, op if isinstance(op, (At, Steps)) else where)
 
 
 def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
     for op in region.ops:
         if isinstance(op, (Read, Write)):
             taken = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
-        elif isinstance(op, At):
+        elif isinstance(op, (At, Steps)):
             taken = []
         else:
             taken = list(used(op))
         for value in taken:
             yield where, value
         for inner in regions(op):
-            yield from _uses(inner, op if isinstance(op, At) else where)
+            yield from _uses(inner, op if isinstance(op, (At, Steps)) else where)
 
 
 def _model(op: Write) -> Value | None:

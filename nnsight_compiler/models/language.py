@@ -120,6 +120,17 @@ class LanguageModel(NNsight):
             kwargs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
         return (), kwargs
 
+    def _prepare_generation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not args and "inputs" in kwargs:
+            args = (kwargs.pop("inputs"),)
+        given = "position_ids" in kwargs
+        args, kwargs = super()._prepare_generation(*self._prepare(args, kwargs))
+        if not given:
+            kwargs.pop("position_ids", None)  # the model makes them at each step, from the mask
+        return args, kwargs
+
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._prepare((torch.zeros(1, 4, dtype=torch.long),), {})
 

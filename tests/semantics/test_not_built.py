@@ -19,7 +19,6 @@ def tiny() -> LanguageModel:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ('model.generate(x, max_new_tokens=3)', "experiments on generation are not in this version"),
         ('model.trace(x, max_new_tokens=3)', "these are arguments of `generate`"),
         ('model.trace(x, remote=True)', "`trace` takes no remote: experiments run in this process only"),
         ('model.trace(x, **{"blocking": False})', "`trace` takes no blocking: experiments run in this process only"),
@@ -44,8 +43,7 @@ def test_the_same_undecorated(tiny: LanguageModel) -> None:
         ("model[0].skip(x)", "`.skip` of a module is not run by this version yet"),
         ("model[0].source.linear_0.output", "`.source` of a module is not run by this version yet"),
         ("tracer.stop()", "`.stop()` is not run by this version yet"),
-        ("for step in tracer.iter[:2]: pass", "steps of a generation are part of the language"),
-        ("for step in tracer.iter: pass", "steps of a generation are part of the language"),
+        ("for step in tracer.iter[:2]: pass", "`trace` runs one forward, which has no steps"),
         ("with tracer.invoke(x): pass", "`invoke` is part of the language, but this version does not run it yet"),
         ("with model.output.sum().backward(): pass", "`backward` is part of the language"),
     ],
