@@ -87,8 +87,13 @@ def is_of_transformers(module: nn.Module) -> bool:
 
 def first_step(
     module: nn.Module, forward: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What of the arguments of `generate` the first forward is given: the prompt, and what belongs to it."""
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What of the arguments of `generate` the first forward is given: the prompt, and what belongs to it. `None` where
+    a prompt may become several rows."""
+    config = kwargs.get("generation_config") or getattr(module, "generation_config", None)
+    for name in ("num_beams", "num_return_sequences"):
+        if (kwargs.get(name) or getattr(config, name, None) or 1) != 1:
+            return None
     options = _options() if is_of_transformers(module) else frozenset()
     given = {name: value for name, value in kwargs.items() if name in forward and name not in options}
     if "inputs" in kwargs and not args:

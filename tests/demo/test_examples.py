@@ -70,3 +70,9 @@ def test_ablating_a_unit_that_is_silent_moves_nothing(run) -> None:
     assert len(moved) == 8
     assert all((change == 0) == (unit == 0) for change, unit in zip(moved, hidden.tolist(), strict=True))
     assert any(moved)
+
+
+def test_a_generation_that_is_steered_goes_to_paris(run) -> None:
+    lines = [line for line in run("generation.py") if line.startswith("strength")]
+    assert lines[0].startswith("strength 0.0: ' Seattle'")
+    assert lines[1].startswith("strength 1.0: ' Paris'")
