@@ -198,6 +198,15 @@ class Body:
         self.entered = self._entered()
         last: dict[object, Entry] = {}
         since: dict[object, list[Entry]] = defaultdict(list)
+        through: dict[int, set[object]] = {}
+
+        def wait(entry: Entry, others: list[Entry], key: object) -> None:
+            # What a site may hold is another storage at each step: there, the order within a step is enough.
+            for other in others:
+                held = key in through[id(entry)] or key in through[id(other)]
+                if entry.steps is other.steps or not held:
+                    entry.needs.append(other)
+
         for entry in self.entries:
             for value in self._uses(entry):
                 maker = self.makers.get(value.name)
@@ -215,16 +224,14 @@ class Body:
             if entry.merge:
                 continue
             reads, writes = self._touched(entry.op)
-            through_sites = self._through_sites(entry.op) if self.entered else set()
+            through[id(entry)] = self._through_sites(entry.op) if self.entered else set()
             for key in writes:
-                entry.needs.extend(since.pop(key, []))
-                if key in last:
-                    entry.needs.append(last[key])
+                wait(entry, since.pop(key, []), key)
+                wait(entry, [last[key]] if key in last else [], key)
                 last[key] = entry
             for key in reads - writes:
-                if key in last:
-                    entry.needs.append(last[key])
-                if key not in through_sites:  # such a value is copied where the op runs elsewhere than at its site
+                wait(entry, [last[key]] if key in last else [], key)
+                if key not in through[id(entry)]:  # such a value is copied where the op runs elsewhere than at its site
                     since[key].append(entry)
 
     def _looks_up(self, maker: Entry, entry: Entry, value: Value) -> bool:

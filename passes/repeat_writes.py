@@ -5,7 +5,7 @@
       %0 = %h * %strength                                  %0 = %h * %strength
       write %model@h.1 output = %0                         write %model@h.1 output = %0
       %logits = read %model@lm_head output       ──▶       %logits = read %model@lm_head output
-                                                           steps %step in %t[1:]
+                                                           repeat %step in %t[1:]
                                                              %h.1 = read %model@h.1 output
                                                              %1 = %h.1 * %strength
                                                              write %model@h.1 output = %1
@@ -116,7 +116,7 @@ class _Repetition:
         }
         made = _renamed(body, fresh)
         step = self.builder.fresh("step")
-        steps = ops.Steps(self.forward.result, Literal(1), NONE, Region((step,), made.ops), span=writes[0].span)
+        steps = ops.Steps(self.forward.result, Literal(1), NONE, Region((step,), made.ops), False, span=writes[0].span)
         return replace(self.forward, body=Region((), (*self.forward.body.ops, steps)))
 
     # --- what differs from step to step ---

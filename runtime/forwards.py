@@ -163,14 +163,26 @@ class Forward:
             for site in self.results:
                 site.function(result, state)
             return
-        self._check(fired)
+        self._check(root, fired)
         if shapes is not None and all(site.calls is None for site in self.sites):
             self._whole.add(shapes)
 
-    def _check(self, fired: list[int], step: int | None = None) -> None:
+    @staticmethod
+    def _once(root: nn.Module, site: SitePlan, step: int) -> bool:
+        """Whether a site is one of an encoder, which runs before the first step alone: a write outside of loops over
+        steps has no other there."""
+        if not step or not {(0, 1), (1, None)} <= set(site.steps):
+            return False
+        if not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+            return False
+        encoder: Any = root.get_encoder  # it is not typed
+        inside = root.get_submodule(site.path)
+        return any(module is inside for module in encoder().modules())
+
+    def _check(self, root: nn.Module, fired: list[int], step: int | None = None) -> None:
         """Refuses a forward, or a step, in which a site was not reached, or more often than the plan says."""
         for site, count in zip(self.sites, fired, strict=True):
-            if step is not None and not covers(site.steps, step):
+            if step is not None and (not covers(site.steps, step) or (not count and self._once(root, site, step))):
                 continue
             if site.calls is not None and count != site.calls:
                 raise RunError(
@@ -188,7 +200,7 @@ class Forward:
         on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
 
         def settle(step: int) -> None:
-            self._check(fired, step)
+            self._check(root, fired, step)
             fired[:] = [0] * len(fired)
 
         def plain(ids: torch.Tensor) -> None:

@@ -295,19 +295,19 @@ def _crossing(program: Program) -> dict[str, Value]:
 
 def _ranges(at: At) -> tuple[tuple[int, int | None], ...]:
     """The steps at which a site does something."""
-    return tuple(dict.fromkeys((each.start, each.stop) for each in _asked(at)))
+    return tuple(dict.fromkeys((each.start, each.stop) for _, each in _asked(at)))
 
 
 def _wanted(op: ForwardOp) -> tuple[Wanted, ...]:
     """The steps that the program asks a generation for."""
-    return tuple(dict.fromkeys(each for at in _placed(op) for each in _asked(at)))
+    return tuple(dict.fromkeys(each for at in _placed(op) for steps, each in _asked(at) if steps.asked))
 
 
-def _asked(at: At) -> Iterator[Wanted]:
+def _asked(at: At) -> Iterator[tuple[Steps, Wanted]]:
     for op in walk(at.body):
         if isinstance(op, Steps):
             last = last_step(op)
-            yield Wanted(first_step(op), None if last == math.inf else int(last) + 1, op.span)
+            yield op, Wanted(first_step(op), None if last == math.inf else int(last) + 1, op.span)
 
 
 def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]]:

@@ -485,13 +485,15 @@ class Invoke(Op):
 @dataclass(frozen=True, slots=True)
 class Steps(Op):
     """Runs its body at each of these steps of a generation; the parameter is the step's number. Open-ended where
-    `stop` is `Literal(None)`. What the body defines is, after it, as it was at the last step."""
+    `stop` is `Literal(None)`. What the body defines is, after it, as it was at the last step. `asked`: whether the
+    program names these steps, so that they must come; `repeat_writes` makes others."""
 
     effects = Effect.MODEL
     tracer: Operand
     start: Operand
     stop: Operand
     body: Region
+    asked: bool = True
 
 
 @final

@@ -193,7 +193,8 @@ class Program:
             text = f"[{start}:{'' if stop is None else stop}]"
             self.most = max(self.most, start + 1 if stop is None else stop)
             runs = lambda step: start <= step and (stop is None or step < stop)  # noqa: E731
-        self.lines.append(f"        for s in tracer.iter{text}:")
+        self.lines.append(f"        for s in tracer.iter{text}:\n            model.layers[2].output[:, -1] += 0.5")
+        self.hooks.append((2, lambda step, value, _: value[:, -1].add_(0.5) if runs(step) else None))
         for _ in range(self.random.randint(1, 3)):
             if self.random.random() < 0.3:
                 at = self.random.randint(0, 3)
