@@ -90,11 +90,17 @@ class Entry:
 
     def beside(self, other: Entry) -> bool:
         """Whether it runs whenever another does, at the same site."""
-        return (self.steps, self.step, self.time) == (other.steps, other.step, other.time)
+        return self.along(other) and (self.step, self.time) == (other.step, other.time)
+
+    def along(self, other: Entry) -> bool:
+        """Whether both are of one round of one loop over steps, or of none. What writes are repeated in is one loop."""
+        if self.steps is None or other.steps is None:
+            return self.steps is other.steps
+        return self.steps is other.steps or not (self.steps.asked or other.steps.asked)
 
     def after(self, need: Entry) -> Moment:
         """The moment at which the entry can run for the first time, as far as one that it needs goes."""
-        return (need.step, need.time) if need.steps is self.steps else need.last
+        return (need.step, need.time) if self.along(need) else need.last
 
 
 class Body:
@@ -211,7 +217,7 @@ class Body:
             # What a site may hold is another storage at each step: there, the order within a step is enough.
             for other in others:
                 held = key in through[id(entry)] or key in through[id(other)]
-                if entry.steps is other.steps or not held:
+                if entry.along(other) or not held:
                     entry.needs.append(other)
 
         for entry in self.entries:

@@ -71,7 +71,7 @@ class Outliving(Schedule):
         if self._sites(roots):
             return False
         maker = self.makers.get(value.name)
-        if write.steps is not None and maker is not None and maker.steps is not write.steps:
+        if write.steps is not None and maker is not None and not maker.along(write):
             return bool(roots)  # the next step gives it to the model again
         after = [each for each in self.entries if each.order > write.order or each.last > write.last]
         if any(
@@ -195,7 +195,7 @@ class Outliving(Schedule):
         ]
         after = max([maker, *writes], key=lambda each: each.order)
         late = max((maker, *writes), key=lambda each: each.last) if own else maker
-        apart = late.steps is not maker.steps
+        apart = not late.along(maker)
         frames = (
             tuple(frame for frame in maker.frames if not isinstance(frame.op, ops.Steps)) if apart else maker.frames
         )

@@ -108,16 +108,29 @@ class _Repetition:
         waiting = list(writes)
         while waiting:
             waiting += self._needs(waiting.pop())
-        body = Region((), (*self._own_cells(), *self._part(self.forward.body.ops)))
+        groups: list[tuple[list[Op], list[Op]]] = [([], [])]
+        for op in self.forward.body.ops:
+            if any(isinstance(each, ops.Steps) for each in walk(Region((), (op,)))):
+                groups.append(([op], []))  # at a site, the order of the source holds: what stands before stays before
+            else:
+                groups[-1][0].append(op)
+                groups[-1][1].append(op)
+        copies = [self._part(group) for _, group in groups]
+        copies[0] = (*self._own_cells(), *copies[0])
+        body = Region((), tuple(op for copy in copies for op in copy))
         reads = {op.result.name for op in walk(body) if isinstance(op, ops.Read)}
         fresh = {
             value.name: self.builder.fresh(value.name, at_later_steps(value.type) if value.name in reads else ANY)
             for value in definitions(body)
         }
-        made = _renamed(body, fresh)
-        step = self.builder.fresh("step")
-        steps = ops.Steps(self.forward.result, Literal(1), NONE, Region((step,), made.ops), False, span=writes[0].span)
-        return replace(self.forward, body=Region((), (*self.forward.body.ops, steps)))
+        made: list[Op] = []
+        for (originals, _), copy in zip(groups, copies, strict=True):
+            made += originals
+            if copy:
+                region = Region((self.builder.fresh("step"),), _renamed(Region((), copy), fresh).ops)
+                result = self.forward.result
+                made.append(ops.Steps(result, Literal(1), NONE, region, False, span=copy[0].span))
+        return replace(self.forward, body=Region((), tuple(made)))
 
     # --- what differs from step to step ---
 

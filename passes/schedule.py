@@ -148,7 +148,7 @@ class Schedule(Body):
     def _check_steps(self, entry: Entry) -> None:
         """Refuses an in-place write to the value of a site at another step: the model has gone on."""
         reads = self._changed_reads(entry)
-        wrong = [each for each in reads if each.steps is not entry.steps and (entry.steps is not None or _often(each))]
+        wrong = [each for each in reads if not each.along(entry) and (entry.steps is not None or _often(each))]
         if not wrong and len({each.step for each in reads}) < 2:
             return
         read = (wrong or reads)[0]
