@@ -70,3 +70,23 @@ def test_ablating_a_unit_that_is_silent_moves_nothing(run) -> None:
     assert len(moved) == 8
     assert all((change == 0) == (unit == 0) for change, unit in zip(moved, hidden.tolist(), strict=True))
     assert any(moved)
+
+
+def test_every_layer_of_the_tiny_model_is_needed(run) -> None:
+    lines = run("skip.py")
+    assert numbers(lines[0])[0] > 0.9
+    chances = [numbers(line)[1] for line in lines if line.startswith("without layer")]
+    assert len(chances) == 3
+    assert max(chances) < 0.5
+
+
+def test_a_session_patches_what_an_earlier_trace_gave(run) -> None:
+    lines = run("session.py")
+    assert numbers(lines[0])[1] > 0.9
+    assert len(lines) == 3
+
+
+def test_an_autoencoder_learns(run) -> None:
+    losses = [numbers(line.replace(",", " "))[1] for line in run("own_modules.py")]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] / 10
