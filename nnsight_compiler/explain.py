@@ -267,19 +267,23 @@ def _purpose(op: ops.Forward) -> str:
     """What is read and written in a forward, and where it ends."""
     reads: list[tuple[str, str]] = []
     writes: list[tuple[str, str]] = []
+    skips: list[tuple[str, str]] = []
     last = ("", "output")
     for at in op.body.ops:
         assert isinstance(at, ops.At), "explained programs are placed"
         last = at.module.path, at.port
         inside = list(walk(at.body))
-        if any(isinstance(each, ops.Write | ops.SetItem) or _in_place(each) for each in inside):
+        if at.port == "skip":
+            skips.append(last)
+        elif any(isinstance(each, ops.Write | ops.SetItem) or _in_place(each) for each in inside):
             writes.append(last)
         elif any(isinstance(each, ops.Read) for each in inside):
             reads.append(last)
-    touched = {"reads": reads, "writes": writes}
+    touched = {"reads": reads, "writes": writes, "may skip at": skips}
     parts = [f"{word} {', '.join(_ranges(sites))}" for word, sites in touched.items() if sites]
     end = "ends after it" if [*reads, *writes] == [last] else f"ends after {_named(*last)}"
-    return "; ".join([*parts, "runs to its end" if last == ("", "output") else end])
+    stops = [f"stops where line {each.span.line} says so" for each in walk(op.body) if isinstance(each, ops.Stop)]
+    return "; ".join([*parts, *stops, "runs to its end" if last == ("", "output") else end])
 
 
 def _in_place(op: Op) -> bool:
