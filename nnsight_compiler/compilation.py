@@ -229,7 +229,7 @@ def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) 
     error.
     """
     if inputs is None:
-        known = _observations.get(model._root)
+        known = _observations.get(model._root._base)
         if known:
             return next(reversed(known.values()))
         inputs = model._example()
@@ -241,7 +241,7 @@ def observed(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) 
     structure = tuple(map(id, module.modules())), module.training
     key = (structure, tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs))
     with _lock:
-        held = _observations.setdefault(model._root, {})
+        held = _observations.setdefault(model._root._base, {})
         if key not in held:
             held[key] = _observe(model, args, kwargs)
         return held[key]

@@ -15,6 +15,7 @@ from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.ir.values import Value
+from nnsight_compiler.passes import editing
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -329,9 +330,11 @@ class ControlFlow(Interpretation):
         self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments)
         self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
+        captured = editing.captured(self, module, span)
         self.forward = Forwarding(result, module, span, op, self.builder.depth)
         outer, self.conditions = self.conditions, []
         with self.builder.region() as made:
+            editing.apply(self, self.forward, captured)
             completion = self.region(op.body)
         self.changes.add(self.forward.changes)
         self.forward, self.conditions = None, outer

@@ -221,6 +221,8 @@ class _Elimination:
                 return not isinstance(self.memory.origins.definition(cell), ops.Cell)  # a stage is given its cells
             case ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad() | ops.Save() | ops.Cache():
                 return False
+            case ops.Edit() | ops.Applied() | ops.Captured():
+                return False
             case ops.Stage() | ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
                 return False
             case ops.Bound(value=value) if isinstance(value, Unbound) or isinstance(

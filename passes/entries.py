@@ -91,6 +91,8 @@ class Body:
                 case ops.With():
                     self._flatten(op.body.ops, (*frames, Frame(op)))
                     self.makers.setdefault(op.result.name, self.entries[-1]) if self.entries else None
+                case ops.Applied():
+                    self._flatten(op.body.ops, frames)
                 case ops.Yield():
                     pass
                 case ops.For() | ops.While():

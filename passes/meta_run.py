@@ -76,6 +76,9 @@ class MetaRun(MetaOps):
                 return self._with(op)
             case ops.Forward():
                 return self._forward_body(op)
+            case ops.Applied(body=body):
+                how, values = self._region(body)
+                return (how, values) if how == "leave" else None
             case ops.Closure():
                 self._closure(op)
             case _:

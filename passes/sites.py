@@ -195,9 +195,10 @@ def _unnoticed(
     last_read = max((places[id(op)].time for op in body if isinstance(op, ops.Read)), default=-1)
     later = [op for op in walk(program.body)]
     index = {id(op): number for number, op in enumerate(later)}
+    edits = {id(each) for op in body if isinstance(op, ops.Applied) for each in walk(op.body)}
     for op in body:
         times = _written(op, forward, places, memory, order)
-        if not times:
+        if not times or id(op) in edits:  # an edit holds for every forward, whatever is read there
             continue
         if last_read > min(times):
             continue

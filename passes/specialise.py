@@ -28,6 +28,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Unbound, Value
+from nnsight_compiler.passes import editing
 from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -179,6 +180,8 @@ class Specialiser(Staging):
                 return self.with_(op)
             case ops.Forward():
                 return self.forward_(op)
+            case ops.Edit():
+                editing.make(self, op)
             case ops.Yield():
                 return Completion("yield", tuple(map(self.abstract, op.values)), self.span(op))
             case ops.Break():

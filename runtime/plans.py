@@ -17,6 +17,7 @@ from nnsight_compiler.ir.ops import (
     Argument,
     At,
     Cache,
+    Captured,
     Op,
     Parameter,
     Read,
@@ -203,6 +204,10 @@ class _Generator(Statements):
                 parts += [ast.Constant(op.port), self.operand(op.value, op.span), ast.Constant(op.call)]
                 parts.append(ast.Constant(None) if step is None else self.operand(step, op.span))
                 return [ast.Expr(ast.Call(func=self.constant("record", caches.record), args=parts, keywords=[]))]
+            case Captured(result=result, model=model, edit=edit, name=name):
+                parts = [self.operand(model, op.span), self.operand(edit, op.span), ast.Constant(name)]
+                made = ast.Call(func=self.constant("captured", support.captured), args=parts, keywords=[])
+                return [ast.Assign(targets=[self.target(result)], value=made)]
             case Save(result=result, value=value):
                 kept = self.constant("keep", support.keep)
                 made = ast.Call(func=kept, args=[self.operand(value, op.span)], keywords=[])

@@ -20,6 +20,7 @@ from typing import assert_never
 from nnsight_compiler.ir.errors import IRError
 from nnsight_compiler.ir.ops import (
     AnyOp,
+    Applied,
     At,
     Attribute,
     Backward,
@@ -28,10 +29,12 @@ from nnsight_compiler.ir.ops import (
     Build,
     Cache,
     Call,
+    Captured,
     Cell,
     Closure,
     Continue,
     Delete,
+    Edit,
     Emit,
     For,
     Format,
@@ -150,7 +153,7 @@ class Statements(Control):
                 return [ast.Assign(targets=[self.target(result)], value=self.operand(value, span))]
             case (
                 Forward() | Invoke() | Steps() | Read() | Write() | Skip() | Save() | Stop() | Backward() | Grad()
-                | SetGrad() | At() | Cache() | Record()
+                | SetGrad() | At() | Cache() | Record() | Edit() | Applied() | Captured()
             ):  # fmt: skip
                 return self.model_op(op)
             case _:

@@ -29,7 +29,7 @@ MAX_DEPTH = 100
 _LATE = ("namespace", "host", "model")
 _MODEL_OPS = (
     ops.Forward, ops.Invoke, ops.Steps, ops.Read, ops.Write, ops.Skip, ops.Save, ops.Stop, ops.Backward, ops.Grad,
-    ops.SetGrad,
+    ops.SetGrad, ops.Edit,
 )  # fmt: skip
 
 

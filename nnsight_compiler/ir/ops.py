@@ -4,9 +4,9 @@ Fields have roles, told by name and annotation: `result` and `results` are defin
 `Operand` (or with a structure made of operands) are used by it, `Region` fields are nested code, the rest are plain
 attributes. `nnsight_compiler.ir.traverse` works on any op through these roles.
 
-Regions of `forward`, `invoke`, `with`, `backward` and `at` run exactly once, in place: what they define is visible
-after them. Regions of `if`, `for`, `while`, `try`, `steps` and `closure` are closed: values leave them through
-terminators (`yield`, `continue`, `break`) or cells.
+Regions of `forward`, `invoke`, `with`, `backward`, `applied` and `at` run exactly once, in place: what they define is
+visible after them. Regions of `if`, `for`, `while`, `try`, `steps`, `edit` and `closure` are closed: values leave them
+through terminators (`yield`, `continue`, `break`) or cells.
 """
 
 from __future__ import annotations
@@ -628,6 +628,41 @@ class SetGrad(Op):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Edit(Op):
+    """Makes an edited model: `model`, in each of whose forwards `body` runs before anything else. Nothing runs here,
+    and what the body defines is not visible outside. results: the tracer of such a forward, which only the body may
+    use, and the edited model."""
+
+    results: tuple[Value, ...]
+    model: Operand
+    arguments: tuple[Argument, ...]
+    body: Region
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Applied(Op):
+    """What an edit does in the forward around it. Made by `specialise`; `title` says where the edit stands."""
+
+    effects = Effect.MODEL
+    title: str
+    body: Region
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Captured(Op):
+    """A value that an edit of the model, by its number, took from around it where it was made."""
+
+    effects = Effect.READS
+    result: Value
+    model: Operand
+    edit: Operand
+    name: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class At(Op):
     """Made by `place`: the ops that run at one site of the surrounding `forward`, in order."""
 
@@ -643,11 +678,12 @@ AnyOp = (
     Global | SetGlobal | Cell | Load | Store | Bound | Import
     | Attribute | SetAttribute | Item | SetItem | Delete | Build | Format | Unpack | Operator | Call | Closure | Stage
     | If | For | While | Try | With | Yield | Emit | Break | Continue | Return | Raise
-    | Forward | Invoke | Steps | Read | Write | Skip | Save | Cache | Record | Stop | Backward | Grad | SetGrad | At
+    | Forward | Invoke | Steps | Read | Write | Skip | Save | Cache | Record | Stop | Backward | Grad | SetGrad
+    | Edit | Applied | Captured | At
 )  # fmt: skip
 """Every op there is. `match` over it ends in `assert_never`."""
 
 ALL_OPS: tuple[type[Op], ...] = get_args(AnyOp)
 TERMINATORS = (Yield, Break, Continue, Return, Raise)
-TRANSPARENT = (Forward, Invoke, With, Backward, At)
+TRANSPARENT = (Forward, Invoke, With, Backward, Applied, At)
 """Ops whose region runs once, in place, so that its values stay visible after it."""

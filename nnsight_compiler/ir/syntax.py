@@ -109,6 +109,9 @@ FORMS: tuple[Form, ...] = (
     _form(ops.Backward, "backward {loss:operand}{arguments:arguments}"),
     _form(ops.Grad, "grad {value:operand}"),
     _form(ops.SetGrad, "set_grad {value:operand} = {gradient:operand}"),
+    _form(ops.Edit, "edit {model:operand}{arguments:arguments}"),
+    _form(ops.Applied, "applied {title:text}"),
+    _form(ops.Captured, "captured {model:operand}[{edit:operand}].{name:name}"),
     _form(ops.At, "at {module:operand} {port:word}{call:call}"),
 )
 """How each op is written, all but `Operator`, which is written infix: `%0 = %a + %b`, `%1 = not %a`, `%2 = %a += 1`."""
@@ -126,6 +129,8 @@ BLOCKS: dict[type[Op], tuple[tuple[str, str], ...]] = {
     ops.Invoke: (("", "body"),),
     ops.Steps: (("", "body"),),
     ops.Backward: (("", "body"),),
+    ops.Edit: (("", "body"),),
+    ops.Applied: (("", "body"),),
     ops.At: (("", "body"),),
 }
 """The regions of each op: the label of the line that opens it, and its field. Without a label it opens the op."""
