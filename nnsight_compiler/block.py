@@ -11,6 +11,7 @@ import dis
 import inspect
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 from typing import Any, NoReturn, final
@@ -87,42 +88,27 @@ _MOST_SITES = 1000
 _lock = threading.Lock()
 
 
-@final
-class Trace:
-    """What `model.trace(…)` returns. It runs when a `with` enters it; alone it does nothing."""
+class Skipped:
+    """A context whose body is compiled when a `with` enters it, and which Python then does not run. `does` says what it
+    fails to do without `with`."""
 
-    def __init__(self, model: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._model, self._method, self._args, self._kwargs = model, method, args, kwargs
+    def __init__(self, method: str, does: str) -> None:
         self._entered = False
         self._before: tuple[Any, Any, bool] | None = None
-        frame = sys._getframe(1)
+        frame = sys._getframe(2)
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnsight_compiler.models"):
             frame = frame.f_back
         if not _opens_with(frame):
-            plain = "call the model" if method == "trace" else "save `tracer.result`"
             raise ExperimentError(
-                f"{cell_name(frame.f_code.co_filename)}:{frame.f_lineno}: `.{method}(…)` without `with` runs nothing\n"
-                f"  way out: write `with model.{method}(…):` and the body below it; for a plain run, {plain}"
+                f"{cell_name(frame.f_code.co_filename)}:{frame.f_lineno}: `.{method}(…)` without `with` {does}"
             )
 
-    def __enter__(self) -> Trace:
+    def _enter(self, what: str, frame: FrameType) -> _Key:
+        """The place in the code of a frame that enters it."""
         if self._entered:
-            raise ExperimentError("a trace runs once: write `model.trace(…)` in the `with` itself")
+            raise ExperimentError(f"{what} in the `with` itself")
         self._entered = True
-        frame = sys._getframe(1)
-        key = frame.f_code, frame.f_code.co_filename, frame.f_lasti, id(frame.f_globals)
-        try:
-            site = _sites.get(key) or _enter(key, frame)
-            values = self._arguments(site, frame)
-            compiled = site.cache.get(values)
-            results = compiled.plan.run(*values)
-        except Exception as error:
-            _forget_cell(key)
-            error.__traceback__ = trimmed(error)
-            raise
-        exported = _exported(site.block, compiled, results)
-        self._skip(frame, exported)
-        return self
+        return frame.f_code, frame.f_code.co_filename, frame.f_lasti, id(frame.f_globals)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -135,24 +121,17 @@ class Trace:
             sys.settrace(tracing)
         return kind is _Skip
 
-    def _arguments(self, site: _Site, frame: FrameType) -> tuple[Any, ...]:
-        """The values of the block's parameters: the trace's own, then what the block reads from the frame."""
-        held = frame.f_locals
-        reads = [held.get(name, UNBOUND) for name in site.block.reads]
-        return self._model, self._args, dict(self._kwargs), *reads
-
-    def _skip(self, frame: FrameType, exported: dict[str, Any]) -> None:
+    def _skip(self, frame: FrameType, exported: dict[str, Any], bound: Any) -> None:
         """Hands over what the block assigned, and has Python leave the body before its first instruction.
 
-        The instruction that binds `as tracer` is the last that the `with` surely covers, so the name is bound here.
+        The instruction that binds what `as` names is the last that the `with` surely covers, so it is bound here.
         """
-        target = _following(frame.f_code, frame.f_lasti)
-        if target is not None and target.opname.startswith("STORE_"):
-            name = target.argval[0] if isinstance(target.argval, tuple) else target.argval
-            if target.opname == "STORE_GLOBAL":
-                frame.f_globals[name] = self
-            elif target.opname != "STORE_ATTR":
-                exported = {**exported, name: self}
+        for instruction, value in _bindings(frame, bound):
+            name = instruction.argval[0] if isinstance(instruction.argval, tuple) else instruction.argval
+            if instruction.opname == "STORE_GLOBAL":
+                frame.f_globals[name] = value
+            elif instruction.opname != "STORE_ATTR":
+                exported = {**exported, name: value}
         _write(frame, exported)
         self._before = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
         frame.f_trace = _leave
@@ -165,6 +144,41 @@ def _leave(frame: FrameType, event: str, argument: Any) -> Any:
     if event == "opcode":
         raise _Skip
     return _leave
+
+
+@final
+class Trace(Skipped):
+    """What `model.trace(…)` returns. It runs when a `with` enters it; alone it does nothing."""
+
+    def __init__(self, model: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model, self._method, self._args, self._kwargs = model, method, args, kwargs
+        plain = "call the model" if method == "trace" else "save `tracer.result`"
+        super().__init__(
+            method,
+            f"runs nothing\n  way out: write `with model.{method}(…):` and the body below it; for a plain run, {plain}",
+        )
+
+    def __enter__(self) -> Trace:
+        frame = sys._getframe(1)
+        key = self._enter("a trace runs once: write `model.trace(…)`", frame)
+        try:
+            site = _sites.get(key) or _enter(key, frame)
+            values = self._arguments(site, frame)
+            compiled = site.cache.get(values)
+            results = compiled.plan.run(*values)
+        except Exception as error:
+            _forget_cell(key)
+            error.__traceback__ = trimmed(error)
+            raise
+        exported = _exported(site.block, compiled, results)
+        self._skip(frame, exported, self)
+        return self
+
+    def _arguments(self, site: _Site, frame: FrameType) -> tuple[Any, ...]:
+        """The values of the block's parameters: the trace's own, then what the block reads from the frame."""
+        held = frame.f_locals
+        reads = [held.get(name, UNBOUND) for name in site.block.reads]
+        return self._model, self._args, dict(self._kwargs), *reads
 
 
 def _enter(key: _Key, frame: FrameType) -> _Site:
@@ -218,6 +232,22 @@ def _write(frame: FrameType, values: dict[str, Any]) -> None:
             del held[name]
     if sys.version_info < (3, 13) and held is not frame.f_globals:
         ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+
+
+def _bindings(frame: FrameType, value: Any) -> Iterator[tuple[dis.Instruction, Any]]:
+    """The instructions by which a `with` that a frame is entering binds the value to what `as` names, and the value
+    that each binds: a tuple is taken apart."""
+    found = _following(frame.f_code, frame.f_lasti)
+    if found is not None and found.opname == "UNPACK_SEQUENCE" and isinstance(value, tuple):
+        parts = list(value)
+        while parts and found is not None:
+            found = _following(frame.f_code, found.offset)
+            names = found.argval if found is not None and isinstance(found.argval, tuple) else (None,)
+            for name in names[: len(parts)]:
+                if found is not None:
+                    yield found if name is None else found._replace(argval=name), parts.pop(0)
+    elif found is not None and found.opname.startswith("STORE_"):
+        yield found, value
 
 
 def _following(code: CodeType, offset: int) -> dis.Instruction | None:

@@ -327,7 +327,7 @@ def observed(model: Any, inputs: Inputs | None, exact: bool = False, operations:
     error.
     """
     if inputs is None:
-        known = _observations.get(model._root)
+        known = _observations.get(model._root._base)
         if known and not operations:
             return next(reversed(known.values()))
         inputs = model._example()
@@ -343,7 +343,7 @@ def observed(model: Any, inputs: Inputs | None, exact: bool = False, operations:
     if exact:
         key = key, tuple(getattr(value, "shape", None) for value in (*args, *kwargs.values()))
     with _lock:
-        held = _observations.setdefault(model._root, {})
+        held = _observations.setdefault(model._root._base, {})
         if key not in held:
             held[key] = _observe(model, args, kwargs, inside)
         return held[key]

@@ -407,6 +407,12 @@ class Calls(Inlining):
 
     def save(self, op: ops.Save | ops.Call, value: Abstract) -> Abstract:
         span = self.specialiser.span(op)
+        if self.specialiser.editing:
+            self.specialiser.fail(
+                span,
+                "an edit only changes the model: nobody can be given what it saves",
+                "save in the `with edited.trace(…):` that uses the edited model",
+            )
         match value.fact:
             case Recording():
                 return value

@@ -15,6 +15,7 @@ from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.ir.values import Value
+from nnsight_compiler.passes import editing
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -338,6 +339,7 @@ class ControlFlow(Interpretation):
         if op.method != "generate":
             self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
+        captured = editing.captured(self, module, span)
         self.observed = {}
         brings = brings_input(self, op.arguments)
         self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments) if brings else None
@@ -345,6 +347,7 @@ class ControlFlow(Interpretation):
         self.forward = running
         outer, self.conditions = self.conditions, []
         with self.builder.region() as made:
+            editing.apply(self, running, captured)
             completion = self.region(op.body)
         made = self.complete(made)
         self.changes.add(running.changes)

@@ -221,7 +221,7 @@ class _Elimination:
                 return not isinstance(self.memory.origins.definition(cell), ops.Cell)  # a stage is given its cells
             case ops.FromEnd() | ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad():
                 return False
-            case ops.Save() | ops.Cache():
+            case ops.Save() | ops.Cache() | ops.Edit() | ops.Applied() | ops.Captured():
                 return False
             case (
                 ops.Stage()

@@ -135,7 +135,7 @@ class Body:
                 case ops.With():
                     self._flatten(op.body.ops, (*frames, Frame(op)))
                     self.makers.setdefault(op.result.name, self.entries[-1]) if self.entries else None
-                case ops.Invoke():
+                case ops.Invoke() | ops.Applied():
                     self._flatten(op.body.ops, frames)
                 case ops.Steps():
                     self._flatten(op.body.ops, (Frame(op), *self._around_steps(op, frames)))

@@ -14,7 +14,7 @@ from types import CellType, ModuleType, NoneType
 from typing import Any, Protocol, TypeGuard
 from typing import Literal as OneOf
 
-from nnsight_compiler.ir.ops import Closure
+from nnsight_compiler.ir.ops import Closure, Edit
 from nnsight_compiler.ir.span import NOWHERE, Span
 from nnsight_compiler.ir.values import Literal, Operand, Value
 
@@ -38,9 +38,14 @@ class ModuleHandle(Protocol):
 
 
 class ModelHandle(ModuleHandle, Protocol):
-    """A wrapped model. `_token` is a number that no other wrapped model of the process has or had."""
+    """A wrapped model. `_token` is a number that no other wrapped model of the process has or had, with these edits."""
 
     _token: int
+
+    @property
+    def _edits(self) -> tuple[Any, ...]: ...
+    @property
+    def _base(self) -> ModelHandle: ...
 
 
 def is_handle(value: object) -> TypeGuard[ModuleHandle]:
@@ -75,12 +80,22 @@ class Known:
 @dataclass(frozen=True, slots=True)
 class SiteModule:
     """A module of a model. `model` is the value of the specialised program that holds the model; `step` the step of a
-    generation that is meant, where `.next()` named one."""
+    generation that is meant, where `.next()` named one; `edits` are those that the program itself makes."""
 
     handle: Any
     model: Value
     text: str
     step: int | None = None
+    edits: tuple[OwnEdit, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnEdit:
+    """An edit that the program makes, with the values that its body sees."""
+
+    op: Edit
+    scope: dict[Value, Abstract]
+    frame: Frame
 
 
 @dataclass(frozen=True, slots=True)

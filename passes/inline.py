@@ -347,4 +347,4 @@ def constant_object(value: Any) -> Abstract:
 
 
 def _accesses(program: Program) -> bool:
-    return any(isinstance(op, (ops.Forward, ops.Read, ops.Write)) for op in walk(program.body))
+    return any(isinstance(op, (ops.Forward, ops.Edit, ops.Read, ops.Write)) for op in walk(program.body))

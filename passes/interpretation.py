@@ -23,6 +23,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
+from nnsight_compiler.passes import editing
 from nnsight_compiler.passes.changes import Changes
 from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.evaluate import Evaluator
@@ -143,6 +144,7 @@ class Interpretation:
         """The loops over steps: what depends on the number of a step may stay a condition of the run."""
         self.unrolling: list[Op] = []
         self.inlined: list[str] = []
+        self.editing = False
         self.closures = 0
         self.parameters: list[ops.Parameter] = []
         self.function = program.body
@@ -328,10 +330,13 @@ class Interpretation:
                 pass
             case _:
                 raise AssertionError("not a site")
-        if module.handle._root is not forward.module.handle._root:
+        if not editing.runs(forward.module, module, self.editing):
+            edited = module.handle._root._base is forward.module.handle._root._base
             self.fail(
                 span,
-                "this module belongs to another model than the one that this `with` runs",
+                "this module belongs to an edited model, and this `with` runs the model without these edits"
+                if edited
+                else "this module belongs to another model than the one that this `with` runs",
                 "trace that model in a `with` of its own, and use its values here",
                 ((forward.span, "the forward"),),
             )

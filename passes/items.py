@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nnsight_compiler.ir import ops
@@ -87,7 +88,7 @@ class Items(StepRanges):
         return self.specialiser.unknown(value, span, "which model runs")
 
     def _module_value(self, handle: Any, parent: SiteModule, span: Span) -> Abstract:
-        fact = SiteModule(handle, parent.model, parent.text, parent.step)
+        fact = replace(parent, handle=handle)
         return Abstract(Module(parent.model, handle._path), fact, span=span)
 
     # --- items ---

@@ -193,7 +193,7 @@ class Memory:
                 return self._points_to.spread(NOTHING.union(*starred))
             case ops.Cell() | ops.Store() | ops.SetGlobal() | ops.Closure() | ops.Stage() | ops.Bound() | ops.Import():
                 return NOTHING
-            case ops.Yield() | ops.Continue() | ops.Break() | ops.Emit():
+            case ops.Yield() | ops.Continue() | ops.Break() | ops.Emit() | ops.Captured():
                 return NOTHING
             case ops.Require():
                 return NOTHING

@@ -16,7 +16,7 @@ import torch
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.ir.traverse import defined
-from nnsight_compiler.ir.values import Module, Unbound, Value
+from nnsight_compiler.ir.values import Literal, Module, Unbound, Value
 from nnsight_compiler.passes.assignments import cannot_stand_for, misfit
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall
 from nnsight_compiler.passes.meta_calls import RESHAPING, call_known
@@ -68,6 +68,10 @@ class MetaOps(MetaValues):
                 self.define(op.result, self.value(op.value))
             case ops.Attribute():
                 self.define(op.result, self._attribute(op))
+            case ops.Captured(model=Value() as model, edit=Literal(value=int() as number)):
+                edited = self._outside_model(Module(model, ""))
+                held = UNKNOWN if edited is None else self.outside(edited._edits[number].values[op.name])
+                self.define(op.result, held)
             case ops.Item():
                 held, index = self.value(op.object), self.value(op.index)
                 self.define(op.result, self.attempt(op, lambda: self._item(held, index), op.object))

@@ -85,7 +85,7 @@ class MetaRun(MetaOps):
                 self.define(op.result, UNKNOWN)
                 how, values = self._region(op.body)
                 return (how, values) if how == "leave" else None
-            case ops.Backward():
+            case ops.Backward() | ops.Applied():
                 how, values = self._region(op.body)
                 return (how, values) if how == "leave" else None
             case ops.Steps():

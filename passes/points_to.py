@@ -337,10 +337,15 @@ class PointsTo:
                 self._add(result, {Gradient(result.name)})
             case ops.SetGrad(gradient=gradient):
                 self._hold({Gradient("")}, self.reachable(gradient))
-            case ops.At(body=body) | ops.AtGradient(body=body):
+            case ops.At(body=body) | ops.AtGradient(body=body) | ops.Applied(body=body):
                 self._block(body, place)
             case ops.Gradients(result=result):
                 self._add(result, {Fresh(result.name)})
+            case ops.Edit(results=results):
+                for result in results:
+                    self._add(result, {Outside(result.name)})
+            case ops.Captured(result=result):
+                self._add(result, {Outside(result.name)})
             case ops.Cache(result=result):
                 self._add(result, {Fresh(result.name)})  # what is recorded are copies
             case (

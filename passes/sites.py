@@ -289,9 +289,10 @@ def _unnoticed(
     last = {id(op): _last(around[id(op)], places[id(op)].time) for op in reads}
     later = [op for op in walk(program.body)]
     index = {id(op): number for number, op in enumerate(later)}
+    edits = {id(each) for op in body if isinstance(op, ops.Applied) for each in walk(op.body)}
     for op in body:
         times = _written(op, forward, places, memory, order)
-        if not times:
+        if not times or id(op) in edits:  # an edit holds for every forward, whatever is read there
             continue
         steps = around[id(op)]
         begins = 0 if steps is None else first_step(steps)

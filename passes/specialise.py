@@ -28,7 +28,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Unbound, Value
-from nnsight_compiler.passes import differentiation
+from nnsight_compiler.passes import differentiation, editing
 from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -214,6 +214,8 @@ class Specialiser(Staging):
                 self.scope[op.result] = differentiation.grad(self, op)
             case ops.SetGrad():
                 differentiation.set_grad(self, op)
+            case ops.Edit():
+                editing.make(self, op)
             case ops.Yield():
                 return Completion("yield", tuple(map(self.abstract, op.values)), self.span(op))
             case ops.Break():

@@ -22,6 +22,7 @@ from nnsight_compiler.ir.ops import (
     Backward,
     Cache,
     Call,
+    Captured,
     FromEnd,
     Grad,
     Gradients,
@@ -338,6 +339,10 @@ class _Generator(Statements):
                 asked = self.constant("from_end", support.from_end)
                 parts = [self.operand(index, op.span), ast.Constant(str(op.span))]
                 made = ast.Call(func=asked, args=parts, keywords=[])
+                return [ast.Assign(targets=[self.target(result)], value=made)]
+            case Captured(result=result, model=model, edit=edit, name=name):
+                parts = [self.operand(model, op.span), self.operand(edit, op.span), ast.Constant(name)]
+                made = ast.Call(func=self.constant("captured", support.captured), args=parts, keywords=[])
                 return [ast.Assign(targets=[self.target(result)], value=made)]
             case Save(result=result, value=value):
                 kept = self.constant("keep", support.keep)

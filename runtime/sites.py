@@ -127,6 +127,11 @@ def _with_item(held: Any, index: Any, new: Any) -> Any:
     return held
 
 
+def captured(model: Any, edit: int, name: str) -> Any:
+    """A value that an edit of a model captured."""
+    return model._edits[edit].values[name]
+
+
 def keep(value: Any) -> Any:
     """The value as it is now: tensors in it are copied, in tuples, mappings and dataclasses too.
 

@@ -20,6 +20,7 @@ from typing import assert_never
 from nnsight_compiler.ir.errors import IRError
 from nnsight_compiler.ir.ops import (
     AnyOp,
+    Applied,
     At,
     AtGradient,
     Attribute,
@@ -29,10 +30,12 @@ from nnsight_compiler.ir.ops import (
     Build,
     Cache,
     Call,
+    Captured,
     Cell,
     Closure,
     Continue,
     Delete,
+    Edit,
     Emit,
     For,
     Format,
@@ -157,7 +160,7 @@ class Statements(Control):
             case (
                 Forward() | Session() | Invoke() | Steps() | FromEnd() | Read() | Write() | Skip() | Save() | Stop()
                 | Backward() | Grad() | SetGrad() | At() | Cache() | Record() | Gradients() | Require() | Track()
-                | AtGradient()
+                | AtGradient() | Edit() | Applied() | Captured()
             ):  # fmt: skip
                 return self.model_op(op)
             case _:

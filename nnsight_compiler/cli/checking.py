@@ -13,12 +13,14 @@ from nnsight_compiler.cli.declarations import Declarations, declared
 from nnsight_compiler.cli.refusal import RefusalError, unknown
 from nnsight_compiler.cli.target import NO_EXPERIMENTS, Target
 from nnsight_compiler.experiment import Experiment
+from nnsight_compiler.files.edits import import_edits, is_edits
 from nnsight_compiler.frontend import Lowered, lower_each
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.values import Value
+from nnsight_compiler.models.language import weights_withheld
 from nnsight_compiler.passes.survey import Unchecked
 
 
@@ -27,15 +29,16 @@ from nnsight_compiler.passes.survey import Unchecked
 class Checked:
     """What was checked of a file, and what was found.
 
-    experiments, blocks: how many of each.
+    experiments, blocks, edits: how many of each.
     """
 
     report: Report
     experiments: int
     blocks: int
+    edits: int = 0
 
     def __str__(self) -> str:
-        counted = [(self.experiments, "experiment"), (self.blocks, "trace")]
+        counted = [(self.experiments, "experiment"), (self.blocks, "trace"), (self.edits, "edit")]
         what = " and ".join(f"{number} {noun}{'' if number == 1 else 's'}" for number, noun in counted if number)
         return f"{self.report} in {what}"
 
@@ -58,6 +61,9 @@ class Checked:
 
 def check_file(target: Target, model: Any, arguments: Mapping[str, object]) -> Checked:
     """Checks what a target names: an experiment, or everything in the file."""
+    if target.saved and is_edits(target.file):
+        _refuse_unknown(arguments, [])
+        return _edits(target, model)
     if target.saved:
         return _saved(target.experiment(), model, arguments)
     found = lower_each(target.file)
@@ -82,6 +88,17 @@ def check_file(target: Target, model: Any, arguments: Mapping[str, object]) -> C
         report += _checked(each, file, model, arguments)
     blocks = sum(each.program.kind == "block" for each in programs)
     return Checked(report, len(chosen) - blocks, blocks)
+
+
+def _edits(target: Target, model: Any) -> Checked:
+    """Checks the edits of a file."""
+    mistakes: tuple[Diagnostic, ...] = ()
+    with weights_withheld():
+        try:
+            edits = import_edits(model, target.file)
+        except CompileError as error:
+            mistakes, edits = error.diagnostics, ()
+    return Checked(Report.of(mistakes, (), ()), 0, 0, len(edits) or 1)
 
 
 def _saved(experiment: Experiment, model: Any, arguments: Mapping[str, object]) -> Checked:

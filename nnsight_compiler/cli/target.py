@@ -58,7 +58,9 @@ class Target:
     def programs(self) -> list[Program]:
         """The IR of the experiment that is named, or of everything in the file. Nothing of the file runs."""
         if self.saved:
-            return [self.experiment().ir]
+            from nnsight_compiler.files.edits import is_edits, programs_of
+
+            return list(programs_of(self.file)) if is_edits(self.file) else [self.experiment().ir]
         from nnsight_compiler.frontend import lower_file
 
         programs = lower_file(self.file)

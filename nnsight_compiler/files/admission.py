@@ -131,8 +131,11 @@ class _Look:
         self.owners = {op.result.name: op.object for op in program.walk() if isinstance(op, ops.Attribute)}
 
     def run(self) -> Findings:
+        edits = (each for each in walk(self.program.body) if isinstance(each, ops.Applied))
+        of_model = {id(op) for edit in edits for op in walk(edit.body)}  # those are the model's, and no part of a file
         for op in walk(self.program.body):
-            self.op(op)
+            if id(op) not in of_model:
+                self.op(op)
         return self.found
 
     def kind(self, operand: Operand) -> Kind:
@@ -165,6 +168,8 @@ class _Look:
                 self.kinds[result.name] = ANYTHING if result.name in self.stored else self.kind(initial)
             case ops.Load(result=result, cell=cell):
                 self.kinds[result.name] = self.kind(cell)
+            case ops.Edit(results=(_, edited), model=model):
+                self.kinds[edited.name] = self.kind(model)
             case ops.Closure(result=result):
                 self.kinds[result.name] = Own()
             case ops.For(iterable=iterable, body=body):

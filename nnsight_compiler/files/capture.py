@@ -39,13 +39,14 @@ Node = dict[str, Any]
 
 @final
 class Capture:
-    """One experiment while it is captured.
+    """One experiment, or the edits of one model (`edits_of`), while it is captured.
 
     objects: the table. programs: every program that goes into the file, by whose it is, with its own span.
     problems: what has no form in a file, one diagnostic each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, edits_of: Any = None) -> None:
+        self.edits_of = edits_of
         self.objects: list[Node] = []
         self.tensors = TensorStore()
         self.globals: dict[str, Node] = {}
@@ -186,6 +187,13 @@ class Capture:
             self.problems.append(Diagnostic(span, f"`{name}` cannot be put into a file: {error}", WAY_OUT))
         return {}
 
+    def captured(self, name: str, held: Any, span: Span) -> str:
+        """The name of a global of the file that holds what an edit captured."""
+        own = name if hasattr(builtins, name) and held is getattr(builtins, name) else self._fresh(name)
+        if own != name or not hasattr(builtins, name):
+            self.globals[own] = self._node(held, name, name, span)
+        return own
+
     # --- what the modules of an experiment need ---
 
     def keep(self, held: object) -> None:
@@ -260,7 +268,15 @@ class Capture:
             raise
 
     def _handle(self, held: Any) -> Node:
-        if self.model is not None and held._root is not self.model:
+        root = held._root
+        if self.edits_of is not None and root._base is self.edits_of:
+            return {"model": held._path}  # whichever view of it is meant, it is the model that is edited
+        if root._edits:
+            raise CannotCaptureError(
+                "it is an edited model, and an experiment file holds no edits",
+                "make the model a parameter of the experiment, and export its edits: `edited.export_edits(path)`",
+            )
+        if self.edits_of is not None or (self.model is not None and root is not self.model):
             raise CannotCaptureError(
                 "it is a second model, and a file is bound to one when it is loaded",
                 "make one of the models a parameter of the experiment",

@@ -16,9 +16,10 @@ from nnsight_compiler.ir.ops import Op, Parameter
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.serial import from_json
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.runtime.names import signature_name
 
-COMPILERS_OWN = frozenset({"At", "Stage", "Cache", "Record"})
+COMPILERS_OWN = frozenset({"At", "Stage", "Cache", "Record", "Applied", "Captured"})
 """Ops that stand in specialised programs only."""
 
 MAX_LINE, MAX_COLUMN = 2**24, 2**16
@@ -34,10 +35,12 @@ def program_from_json(data: object, where: str) -> Program:
         raise FileError(f"at {where}: it is nested too deeply") from None
 
 
-def check_program(program: Program, where: str, experiment: bool = False) -> None:
+def check_program(program: Program, where: str, experiment: bool = False, edit: bool = False) -> None:
     """Refuses a program that the front end cannot have made."""
-    if program.kind == "block":
-        refuse(where, f"a file holds experiments and functions, not a {program.kind}")
+    if program.kind == "block" or (program.kind == "edit") is not edit:
+        refuse(where, f"a file holds experiments, functions and edits, each in its place, not a {program.kind}")
+    if edit:
+        _check_edit(program, where)
     if program.target or program.given or program.passes or program.exports:
         refuse(where, "it is specialised already, and a file holds programs as they were written")
     if not _is_name(program.name) and program.name != "<lambda>":
@@ -48,6 +51,19 @@ def check_program(program: Program, where: str, experiment: bool = False) -> Non
         at = f"{where}, op {number} ({type(op).__name__})"
         _check_span(op.span, at)
         _check_op(op, at, experiment)
+
+
+def _check_edit(program: Program, where: str) -> None:
+    """An edit takes a tracer and a model, and reads the names that it needs before anything else."""
+    if [parameter.kind for parameter in program.parameters] != ["positional_or_keyword"] * 2:
+        refuse(where, "an edit takes a tracer and a model")
+    leading = True
+    for op in program.body.ops:
+        leading = leading and isinstance(op, ops.Global)
+        for inner in (op, *(each for region in regions(op) for each in walk(region))):
+            named = isinstance(inner, (ops.Global, ops.SetGlobal))
+            if isinstance(inner, (ops.Return, ops.Save, ops.Edit)) or (named and not leading):
+                refuse(where, f"no edit has the op {type(inner).__name__} there")
 
 
 def _check_op(op: Op, where: str, experiment: bool) -> None:
@@ -81,6 +97,8 @@ def _check_op(op: Op, where: str, experiment: bool) -> None:
             | ops.Invoke(arguments=arguments)
             | ops.Backward(arguments=arguments)
         ):
+            _check_arguments(arguments, where)
+        case ops.Edit(arguments=arguments):
             _check_arguments(arguments, where)
         case ops.Closure(parameters=parameters, name=name):
             if not (_is_name(name) or name in ("<lambda>", "<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>")):

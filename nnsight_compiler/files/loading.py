@@ -71,7 +71,8 @@ def experiment_from(
     """The experiment that a document and its tensors stand for."""
     from nnsight_compiler.experiment import Experiment
 
-    data = _versioned(document)
+    data = fields(versioned(document, FORMAT), _FIELDS, "")
+    string(data["producer"], "producer")
     program = program_from_json(data["program"], "program")
     namespace = Namespace(model, allow_host_calls)
     restore = Restore(data["objects"], tensors, namespace)
@@ -87,7 +88,7 @@ def experiment_from(
     restore.finish()
     namespace.programs.insert(0, program)
     namespace.check()
-    _keep_sources(data["sources"])
+    keep_sources(data["sources"])
     function = _signature_of(program, namespace, cells, defaults, "program")
     function.__qualname__ = string(data["qualified_name"], "qualified_name")
     if data["documentation"] is not None:
@@ -95,15 +96,23 @@ def experiment_from(
     return Experiment(function, program, namespace)
 
 
-def _versioned(document: object) -> dict[str, Any]:
+_LOADED_BY = {
+    FORMAT: "Experiment.load(path)",
+    "nnsight-compiler-edits": "model.import_edits(path)",
+}
+"""What reads a file of each format."""
+
+
+def versioned(document: object, expected: str) -> dict[str, Any]:
+    """The fields of a document of this format, in a version that is known."""
     data = mapping(document, "")
-    if data.get("format") != FORMAT:
-        refuse("format", f"expected {FORMAT!r}")
+    found = data.get("format")
+    if found != expected:
+        other = _LOADED_BY.get(found) if isinstance(found, str) else None
+        refuse("format", f"expected {expected!r}" + (f"; this file is read by `{other}`" if other else ""))
     version = data.get("version")
     if type(version) is not int or version != VERSION:
         refuse("version", f"this is version {version!r:.20}, and only {VERSION} is known to this release")
-    data = fields(data, _FIELDS, "")
-    string(data["producer"], "producer")
     return data
 
 
@@ -138,7 +147,7 @@ def _signature_of(
 MAX_LINES = 2**20
 
 
-def _keep_sources(data: object) -> None:
+def keep_sources(data: object) -> None:
     """Has errors and tracebacks show the lines of files that are not at hand here."""
     for file, held in mapping(data, "sources").items():
         where = f"sources[{file!r:.80}]"

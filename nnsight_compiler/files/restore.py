@@ -29,8 +29,7 @@ MAX_DEPTH = 100
 _LATE = ("namespace", "host", "model")
 _MODEL_OPS = (
     ops.Forward, ops.Session, ops.Invoke, ops.Steps, ops.FromEnd, ops.Read, ops.Write, ops.Skip, ops.Save, ops.Stop,
-    ops.Backward,
-    ops.Grad, ops.SetGrad,
+    ops.Backward, ops.Grad, ops.SetGrad, ops.Edit,
 )  # fmt: skip
 
 

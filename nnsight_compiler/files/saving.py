@@ -81,10 +81,10 @@ def save_experiment(experiment: Experiment, path: str | os.PathLike[str]) -> Sav
 def _captured(document: dict[str, Any]) -> dict[str, str]:
     """What each name that the experiment reads from outside stands for, in a word or two."""
     nodes = {**document["globals"], **document["closure"], **document["defaults"]}
-    return {name: _described(node, document["objects"]) for name, node in nodes.items()}
+    return {name: described(node, document["objects"]) for name, node in nodes.items()}
 
 
-def _described(node: dict[str, Any], objects: list[dict[str, Any]]) -> str:
+def described(node: dict[str, Any], objects: list[dict[str, Any]]) -> str:
     ((kind, held),) = node.items()
     if kind != "object":
         return {"namespace": f"the library {held}", "known": str(held), "model": "the model", "package": "save"}.get(
@@ -113,18 +113,18 @@ def experiment_document(experiment: Experiment) -> tuple[dict[str, Any], dict[st
     defaults = _defaults(capture, function, program)
     capture.modules.finish()
     if capture.problems:
-        raise FileError(f"{program.name} cannot be put into a file:", _once(capture.problems))
+        raise FileError(f"{program.name} cannot be put into a file:", once(capture.problems))
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "producer": _producer(),
+        "producer": producer(),
         "qualified_name": function.__qualname__,
         "documentation": function.__doc__,
         **body,
         "defaults": defaults,
         "globals": capture.globals,
         "objects": capture.objects,
-        "sources": _sources(capture.programs),
+        "sources": sources(capture.programs),
     }
     return document, capture.tensors.finish()
 
@@ -138,18 +138,18 @@ def _defaults(capture: Capture, function: FunctionType, program: Program) -> dic
         return {}
 
 
-def _once(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
+def once(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
     return list(dict.fromkeys(problems))
 
 
-def _producer() -> str:
+def producer() -> str:
     try:
         return version("nnsight-compiler")
     except PackageNotFoundError:
         return ""
 
 
-def _sources(programs: Iterable[Program]) -> dict[str, dict[str, str]]:
+def sources(programs: Iterable[Program]) -> dict[str, dict[str, str]]:
     """The lines that the programs' ops stand on, by file and number: for errors and tracebacks, where the file itself
     is not at hand."""
     lines: dict[str, set[int]] = {}

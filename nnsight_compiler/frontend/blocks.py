@@ -41,6 +41,7 @@ from nnsight_compiler.ir.ops import (
 )
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import UNBOUND, Literal, Operand, Tuple
 
 
@@ -83,6 +84,58 @@ def lower_block(frame: FrameType) -> Block:
         names = frozenset(frame.f_locals)
     owner = "" if code.co_name.startswith("<") else code.co_name
     return _lower(syntax.within(class_of(code.co_qualname)), node, item, names, complete, owner)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class EditBlock:
+    """An undecorated `with model.edit()`.
+
+    program: of the kind `edit`; its parameters are the tracer, the model, then one for each of `reads`.
+    reads: the names that it takes from around it, each with the place of its first use.
+    assigned: the names that it assigns itself, so that they need no value before.
+    """
+
+    program: Program
+    reads: dict[str, Span]
+    assigned: frozenset[str]
+
+
+class _EveryName:
+    """Holds every name: an edit takes all that it needs from around it when it is made."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def lower_edit(frame: FrameType) -> EditBlock:
+    """The edit whose `with` a frame is entering just now. Raises as `lower_block` does."""
+    code = frame.f_code
+    syntax, node, item = _with_statement(frame)
+    opened, span = node.items[item], syntax.span(node.items[item])
+    if kind_of(opened) != "edit":
+        way_out = "write the call in the `with` itself: `with model.edit() as edited:`"
+        raise CompileError([Diagnostic(span, "this context does not show which model it edits", way_out)])
+    syntax = syntax.within(class_of(code.co_qualname))
+    traced = _traced(syntax, opened)
+    analysis = analyse_block(syntax, node, item, _EveryName(), True, traced)
+    refuse(analysis)
+    lowering = Statements(syntax, analysis)
+    reads = [each.name for each in analysis.reads() if each.name != traced]
+    tracer, model = (lowering.fresh(_unlike(name, reads)) for name in ("tracer", "model"))
+    given = {name: lowering.fresh(name) for name in reads}
+    assigned = frozenset(variable.name for variable in analysis.exports())
+    lowering.unsure.update(given[name].name for name in assigned & given.keys())
+    lowering.declare(analysis.root, {**given, traced: model}, span)
+    lowering.in_forward = True
+    lowering.store_edited(None if opened.asname is None else opened.asname.name, tracer, model)
+    lowering.with_items(node.items[item + 1 :], node.body, span)
+    parameters = tuple(map(Parameter, (tracer, model, *given.values())))
+    body = Region((), tuple(lowering.builder.ops))
+    name = "edit" if code.co_name.startswith("<") else code.co_name
+    program = Program(name, parameters, body, kind="edit", span=span)
+    places = {value.name: op.span for op in reversed(list(program.walk())) for value in used(op)}
+    return EditBlock(program, {name: places.get(value.name, span) for name, value in given.items()}, assigned)
 
 
 @final
@@ -131,10 +184,7 @@ def _tried(lower: Callable[[], Program | Block], local: bool = False) -> Lowered
 def _lower(syntax: Syntax, node: cst.With, item: int, frame: Container[str], complete: bool, owner: str) -> Block:
     """Lowers a block whose item number `item` opens the trace. For `frame` and `complete`, see `Scope`."""
     opened, span = node.items[item], syntax.span(node.items[item])
-    call = opened.item
-    assert isinstance(call, cst.Call), "the item opens a trace"
-    assert isinstance(call.func, cst.Attribute), "the item opens a trace"
-    traced = syntax.name(call.func.value.value) if isinstance(call.func.value, cst.Name) else ""
+    traced = _traced(syntax, opened)
     analysis = analyse_block(syntax, node, item, frame, complete, traced)
     refuse(analysis)
     lowering = Statements(syntax, analysis)
@@ -160,6 +210,14 @@ def _lower(syntax: Syntax, node: cst.With, item: int, frame: Container[str], com
     )
     same_line = isinstance(node.body, cst.SimpleStatementSuite) or item + 1 < len(node.items)
     return Block(program, tuple(reads), _first_line(syntax, node), same_line)
+
+
+def _traced(syntax: Syntax, item: cst.WithItem) -> str:
+    """The name of the model that an item traces or edits; empty where it is not named."""
+    call = item.item
+    assert isinstance(call, cst.Call), "the item opens a trace"
+    assert isinstance(call.func, cst.Attribute), "the item opens a trace"
+    return syntax.name(call.func.value.value) if isinstance(call.func.value, cst.Name) else ""
 
 
 def _unlike(name: str, names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from libcst import matchers
 
 from nnsight_compiler.frontend.trees import dotted_name
 
-ContextKind = OneOf["trace", "generate", "scan", "session", "invoke", "backward", "torch", "unknown"]
+ContextKind = OneOf["trace", "generate", "scan", "session", "invoke", "backward", "edit", "torch", "unknown"]
 
 
 def kind_of(item: cst.WithItem) -> ContextKind:
@@ -20,14 +20,14 @@ def kind_of(item: cst.WithItem) -> ContextKind:
             if dotted_name(function).startswith("torch."):
                 return "torch"
             match method:
-                case "trace" | "generate" | "scan" | "session" | "invoke" | "backward":
+                case "trace" | "generate" | "scan" | "session" | "invoke" | "backward" | "edit":
                     return method
     return "unknown"
 
 
 def opens_forward(kind: ContextKind) -> bool:
-    """Whether the code in such a context takes part in a forward."""
-    return kind in ("trace", "generate", "scan", "invoke")
+    """Whether the code in such a context takes part in a forward: that of an edit in each of the edited model's."""
+    return kind in ("trace", "generate", "scan", "invoke", "edit")
 
 
 def is_true(test: cst.BaseExpression) -> bool:

@@ -17,6 +17,7 @@ from nnsight_compiler.ir.ops import (
     Argument,
     Backward,
     Call,
+    Edit,
     Forward,
     Global,
     Handler,
@@ -35,7 +36,7 @@ from nnsight_compiler.ir.ops import (
     Yield,
 )
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.values import NONE, UNBOUND, Operand, Value
+from nnsight_compiler.ir.values import NONE, UNBOUND, Operand, Tuple, Value
 
 
 @final
@@ -276,6 +277,9 @@ class Statements(Expressions):
         assert isinstance(call.func, cst.Attribute), "kind_of has looked"
         owner = self.expression(call.func.value)
         arguments = self.arguments(call.args)
+        if kind == "edit":
+            self.edit(owner, arguments, item, rest, body, span)
+            return
         self.model_context(kind, owner, arguments, item, rest, body, span)
 
     def model_context(
@@ -310,6 +314,33 @@ class Statements(Expressions):
                 self.builder.emit(Invoke(result, owner, arguments, region, span=span))
             case _:
                 self.builder.emit(Backward(owner, arguments, region, span=span))
+
+    def edit(
+        self,
+        owner: Operand,
+        arguments: tuple[Argument, ...],
+        item: cst.WithItem,
+        rest: Sequence[cst.WithItem],
+        body: Suite,
+        span: Span,
+    ) -> None:
+        """An edit, whose body runs in forwards to come: what it assigns stays in it."""
+        target = None if item.asname is None else item.asname.name
+        tracer, edited = self.fresh("tracer"), self.fresh("edited" if isinstance(target, cst.Tuple) else _hint(target))
+        before = dict(self.environment)
+        outer, self.in_forward = self.in_forward, True
+        with self.builder.region() as ops:
+            self.store_edited(target, tracer, edited)
+            self.with_items(rest, body, span)
+        self.in_forward = outer
+        self.environment, self.alive = before, True
+        self.builder.emit(Edit((tracer, edited), owner, arguments, Region((), tuple(ops)), span=span))
+        self.store_edited(target, tracer, edited)
+
+    def store_edited(self, target: cst.BaseExpression | None, tracer: Value, edited: Value) -> None:
+        """Binds what `as` names: the edited model, or a tracer and the model."""
+        if target is not None:
+            self.store(target, Tuple((tracer, edited)) if isinstance(target, cst.Tuple) else edited)
 
     def context(
         self, item: cst.WithItem, rest: Sequence[cst.WithItem], body: Suite, span: Span, transparent: bool

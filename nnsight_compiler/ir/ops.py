@@ -4,9 +4,10 @@ Fields have roles, told by name and annotation: `result` and `results` are defin
 `Operand` (or with a structure made of operands) are used by it, `Region` fields are nested code, the rest are plain
 attributes. `nnsight_compiler.ir.traverse` works on any op through these roles.
 
-Regions of `forward`, `session`, `invoke`, `with`, `backward`, `at` and `at_gradient` run exactly once, in place: what
-they define is visible after them. So is what `steps` defines, as it was at the last step. Regions of `if`, `for`,
-`while`, `try` and `closure` are closed: values leave them through terminators (`yield`, `continue`, `break`) or cells.
+Regions of `forward`, `session`, `invoke`, `with`, `backward`, `applied`, `at` and `at_gradient` run exactly once, in
+place: what they define is visible after them. So is what `steps` defines, as it was at the last step. Regions of `if`,
+`for`, `while`, `try`, `edit` and `closure` are closed: values leave them through terminators (`yield`, `continue`,
+`break`) or cells.
 """
 
 from __future__ import annotations
@@ -702,6 +703,41 @@ class AtGradient(Op):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Edit(Op):
+    """Makes an edited model: `model`, in each of whose forwards `body` runs before anything else. Nothing runs here,
+    and what the body defines is not visible outside. results: the tracer of such a forward, which only the body may
+    use, and the edited model."""
+
+    results: tuple[Value, ...]
+    model: Operand
+    arguments: tuple[Argument, ...]
+    body: Region
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Applied(Op):
+    """What an edit does in the forward around it. Made by `specialise`; `title` says where the edit stands."""
+
+    effects = Effect.MODEL
+    title: str
+    body: Region
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Captured(Op):
+    """A value that an edit of the model, by its number, took from around it where it was made."""
+
+    effects = Effect.READS
+    result: Value
+    model: Operand
+    edit: Operand
+    name: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class At(Op):
     """Made by `place`: the ops that run at one site of the surrounding `forward`, in order. The site `skip` is just
     after the module's input: what is given there becomes its output, and it does not run."""
@@ -719,11 +755,11 @@ AnyOp = (
     | Attribute | SetAttribute | Item | SetItem | Delete | Build | Format | Unpack | Operator | Call | Closure | Stage
     | If | For | While | Try | With | Yield | Emit | Break | Continue | Return | Raise
     | Forward | Session | Invoke | Steps | FromEnd | Read | Write | Skip | Save | Cache | Record | Stop
-    | Backward | Grad | SetGrad | At | Gradients | Require | Track | AtGradient
+    | Backward | Grad | SetGrad | Edit | Applied | Captured | At | Gradients | Require | Track | AtGradient
 )  # fmt: skip
 """Every op there is. `match` over it ends in `assert_never`."""
 
 ALL_OPS: tuple[type[Op], ...] = get_args(AnyOp)
 TERMINATORS = (Yield, Break, Continue, Return, Raise)
-TRANSPARENT = (Forward, Session, Invoke, Steps, With, Backward, At, AtGradient)
+TRANSPARENT = (Forward, Session, Invoke, Steps, With, Backward, Applied, At, AtGradient)
 """Ops whose region runs in place, so that its values stay visible after it."""

@@ -23,7 +23,8 @@ class Program:
 
     kind: `experiment` (a decorated function), `block` (an undecorated `with`; its parameters are the names that it
         reads from the frame around it, and it returns a tuple of the names in `exports`), `function` (a helper), or
-        `stage` (the part of an experiment that depends on a value which only the run of what precedes it gives).
+        `stage` (the part of an experiment that depends on a value which only the run of what precedes it gives), or
+        `edit` (the body of a `with model.edit()`; its parameters are the tracer, the model, and what it captures).
     target: the class of the model that the program was specialised to; empty before.
     given: what the program was specialised on, as text (`layer=3`), for the dump.
     passes: the passes that made this program, in order.
@@ -33,7 +34,7 @@ class Program:
     name: str
     parameters: tuple[Parameter, ...]
     body: Region
-    kind: OneOf["experiment", "block", "function", "stage"] = "experiment"
+    kind: OneOf["experiment", "block", "function", "stage", "edit"] = "experiment"
     target: str = ""
     given: tuple[str, ...] = ()
     passes: tuple[str, ...] = ()

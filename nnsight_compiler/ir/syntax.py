@@ -116,6 +116,9 @@ FORMS: tuple[Form, ...] = (
     _form(ops.Require, "require {value:operand}{leaf:leaf}"),
     _form(ops.Track, "track {value:operand}{source:in}"),
     _form(ops.AtGradient, "at_gradient {value:operand}"),
+    _form(ops.Edit, "edit {model:operand}{arguments:arguments}"),
+    _form(ops.Applied, "applied {title:text}"),
+    _form(ops.Captured, "captured {model:operand}[{edit:operand}].{name:name}"),
     _form(ops.At, "at {module:operand} {port:word}{call:call}"),
 )
 """How each op is written, all but `Operator`, which is written infix: `%0 = %a + %b`, `%1 = not %a`, `%2 = %a += 1`."""
@@ -134,6 +137,8 @@ BLOCKS: dict[type[Op], tuple[tuple[str, str], ...]] = {
     ops.Invoke: (("", "body"),),
     ops.Steps: (("", "body"),),
     ops.Backward: (("", "body"),),
+    ops.Edit: (("", "body"),),
+    ops.Applied: (("", "body"),),
     ops.At: (("", "body"),),
     ops.AtGradient: (("", "body"),),
 }

@@ -60,7 +60,7 @@ class _Verifier:
             if not conforms(getattr(program, name), hint):
                 self.fail(None, f"the field `{name}` holds {getattr(program, name)!r:.80}")
         self.signature(None, program.parameters)
-        anywhere = program.kind == "function"
+        anywhere = program.kind in ("function", "edit")
         place = _Place(forward=anywhere, backward=anywhere, depth=depth)
         self.region(None, program.body, place, 0, signature=program.parameters)
         if program.exports and program.kind != "block":
@@ -111,10 +111,11 @@ class _Verifier:
             if not conforms(getattr(op, name), hint):
                 self.fail(op, f"the field `{name}` holds {getattr(op, name)!r:.80}", printed=False)
         self.operands(op, place)
-        if isinstance(op, TRANSPARENT):
+        inside = isinstance(op, (*TRANSPARENT, ops.Edit))
+        if inside:
             self.results(op)
         self.rules(cast(AnyOp, op), place)
-        if not isinstance(op, TRANSPARENT):
+        if not inside:
             self.results(op)
 
     def results(self, op: Op) -> None:
@@ -277,7 +278,14 @@ class _Verifier:
                 self.arguments(op, arguments)
             case ops.Require():
                 self.within(op, place.forward, "forward")
-            case ops.At(body=body):
+            case ops.Edit(results=results, arguments=arguments, body=body):
+                if len(results) != 2:
+                    self.fail(op, "an edit gives a tracer and a model")
+                self.arguments(op, arguments)
+                self.region(op, body, _Place(forward=True, closure=True, depth=place.depth), 0)
+            case ops.Captured():
+                pass
+            case ops.At(body=body) | ops.Applied(body=body):
                 self.within(op, place.forward, "forward")
                 self.region(op, body, inside, 0)
             case _:
@@ -367,6 +375,7 @@ def _jumps(region: Region) -> bool:
             | ops.Steps(body=body)
             | ops.With(body=body)
             | ops.At(body=body)
+            | ops.Applied(body=body)
             | ops.Backward(body=body)
             | ops.AtGradient(body=body)
         ):

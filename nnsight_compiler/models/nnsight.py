@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
@@ -17,10 +18,16 @@ from nnsight_compiler.models.view import ModuleView, describe
 
 if TYPE_CHECKING:
     from nnsight_compiler.block import Trace
+    from nnsight_compiler.edits import Edit, EditContext
+    from nnsight_compiler.files.edits import SavedEdits
+    from nnsight_compiler.ir.program import Program
     from nnsight_compiler.passes.rows import Batch
 
 _tokens = itertools.count()
 """Numbers wrapped models, so that what was compiled for one is never taken for another's."""
+
+_OF_A_VIEW = frozenset({"_edits", "_origin"})
+"""What an edited view has of its own; everything else is the model's."""
 
 GENERATION_ARGUMENTS = frozenset(
     {
@@ -49,8 +56,10 @@ class NNsight(ModuleView):
     """
 
     _wrapped: nn.Module
-    _token: int
     _aliases: Aliases
+    _edits: tuple[Edit, ...]
+    _origin: NNsight | None
+    _tokens: dict[tuple[int, ...], tuple[int, tuple[Program, ...]]]
 
     def __init__(self, module: nn.Module, rename: Rename | None = None) -> None:
         if isinstance(module, ModuleView):
@@ -59,20 +68,88 @@ class NNsight(ModuleView):
             raise ModelError(f"a torch.nn.Module is needed, not {type(module).__name__}")
         super().__init__(self, "")
         self._wrapped = module
-        self._token = next(_tokens)
+        self._origin, self._edits = None, ()
         self._aliases = bind(module, rename or {}, type(self))
         self._attached: set[str] = set()
+        self._tokens = {}
 
     def _attach(self, path: str, gone: bool = False) -> None:
         """Notes a module that was attached or taken away: what was compiled for this model before is compiled anew."""
         (self._attached.discard if gone else self._attached.add)(path)
-        self._token = next(_tokens)
+        self._tokens.clear()
+
+    @property
+    def _token(self) -> int:
+        """A number that no other model has or had, with this code of edits, whatever the edits captured."""
+        programs = tuple(edit.program for edit in self._edits)
+        code = tuple(map(id, programs))
+        held = self._tokens.get(code)
+        if held is None:
+            held = self._tokens.setdefault(code, (next(_tokens), programs))
+        return held[0]
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
-            object.__setattr__(self, name, value)
+            object.__setattr__(self if name in _OF_A_VIEW else self._base, name, value)
         else:
             super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        base = self._base
+        if base is not self and name.startswith("_"):
+            return getattr(base, name)
+        return super().__getattr__(name)
+
+    @property
+    def _base(self) -> NNsight:
+        """The model itself, of which an edited view shares everything but its edits."""
+        return vars(self).get("_origin") or self
+
+    def _with_edits(self, edits: tuple[Edit, ...]) -> Self:
+        """A view of the same model with these edits."""
+        view = object.__new__(type(self))
+        ModuleView.__init__(view, view, "")
+        view._origin, view._edits = self._base, edits
+        return view
+
+    def edit(self, *, inplace: bool = False) -> EditContext:
+        """An edited view: `with model.edit() as edited:` and a body that reads and writes the model's internals, which
+        runs first in every forward of `edited`. It shares the weights, and the model itself stays as it is; with
+        `inplace`, the model itself is edited."""
+        from nnsight_compiler.edits import EditContext  # it is built on this module
+
+        return EditContext(self, inplace)
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits of this model, in the order in which they run."""
+        return self._edits
+
+    def clear_edits(self) -> None:
+        """Takes off every edit of this model, or of this edited view."""
+        self._edits = ()
+
+    def export_edits(self, path: str | os.PathLike[str]) -> SavedEdits:
+        """Writes the edits to a file, with all that they captured (see `docs/edits.md`)."""
+        from nnsight_compiler.files.edits import export_edits  # it is built on this module
+
+        return export_edits(self, path)
+
+    def import_edits(
+        self, path: str | os.PathLike[str], *, inplace: bool = False, allow_host_calls: bool = False
+    ) -> Self:
+        """A view of this model with the edits of a file besides its own; with `inplace`, the model itself gets them."""
+        from nnsight_compiler.files.edits import import_edits  # it is built on this module
+
+        edits = import_edits(self, path, allow_host_calls)
+        if inplace:
+            self._edits = (*self._edits, *edits)
+            return self
+        return self._with_edits((*self._edits, *edits))
+
+    def __repr__(self) -> str:
+        edits = "".join(f"\nedit {number}: {edit}" for number, edit in enumerate(self._edits))
+        return super().__repr__() + edits
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """One forward of the model: `with model.trace(inputs):` and a body that reads and writes its internals."""
@@ -151,7 +228,11 @@ class NNsight(ModuleView):
         return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the plain model on inputs as `trace` takes them."""
+        """Runs the model on inputs as `trace` takes them: the plain model, or the edited one where it has edits."""
+        if self._edits:
+            from nnsight_compiler.edits import call_edited  # it is built on this module
+
+            return call_edited(self, args, kwargs)
         module = self._ready()
         args, kwargs = self._prepare(args, kwargs)
         return module(*args, **kwargs)

@@ -249,7 +249,7 @@ class Maker:
             kinds += [*NESTED, *NESTED]
         if place.forward:
             kinds += [ops.Read, ops.Write, ops.Skip, ops.Stop, ops.Record, ops.FromEnd] * 2
-            kinds += [ops.Require, *([ops.Invoke, ops.Steps, ops.At] * 2 if place.depth < 4 else [])]
+            kinds += [ops.Require, *([ops.Invoke, ops.Steps, ops.At, ops.Applied] * 2 if place.depth < 4 else [])]
         if place.backward:
             kinds += [ops.Grad, ops.SetGrad] * 3 + ([ops.AtGradient] * 2 if place.depth < 4 else [])
         if place.generator:
@@ -390,15 +390,23 @@ class Maker:
         inner = Maker(self.random.getrandbits(32), 1 + self.size // 2)
         return {"needs": self.pick(STRINGS), "program": inner.program("stage"), "result": self.define()}
 
+    def make_edit(self, place: Place) -> dict[str, Any]:
+        held = {"model": self.operand(), "arguments": self.arguments()}
+        before = len(self.visible)
+        results = (self.define(), self.define())
+        body = self.region(Place(forward=True, depth=place.depth))
+        assert self.visible[: before + 2] == [*self.visible[:before], *results]
+        return {**held, "results": results, "body": body}
+
     def make_steps(self, place: Place) -> dict[str, Any]:
         held = {"tracer": self.operand(), "start": self.operand(), "stop": self.operand()}
         return {**held, "body": self.region(replace(place, yields=0, needed=0), 1, closed=False)}
 
     def program(self, kind: Any = None) -> Program:
-        kind = kind or self.pick(("experiment", "block", "function"))
+        kind = kind or self.pick(("experiment", "block", "function", "edit"))
         parameters = (Parameter(self.builder.fresh("model"), "positional_only"), *self.signature())
         exports = self.many(lambda: str(self.pick(TEXTS))) if kind == "block" else ()
-        anywhere = kind == "function"
+        anywhere = kind in ("function", "edit")
         place = Place(forward=anywhere, backward=anywhere, exports=len(exports))
         body = self.region(place, signature=parameters, closed=False)
         if exports:
@@ -421,11 +429,11 @@ class Maker:
 SIMPLE = (
     ops.Global, ops.SetGlobal, ops.Cell, ops.Load, ops.Store, ops.Bound, ops.Import, ops.Attribute, ops.SetAttribute,
     ops.Item, ops.SetItem, ops.Delete, ops.Build, ops.Format, ops.Unpack, ops.Operator, ops.Call, ops.Save,
-    ops.Cache, ops.Track, ops.Gradients,
+    ops.Cache, ops.Captured, ops.Track, ops.Gradients,
 )  # fmt: skip
 MERGES = {(ops.Cell, "initial"), (ops.Store, "value"), (ops.Bound, "value")}
 NESTED = (ops.Closure, ops.If, ops.For, ops.While, ops.Try, ops.With, ops.Forward, ops.Session, ops.Backward)
-NESTED += (ops.Stage,)
+NESTED += (ops.Stage, ops.Edit)
 
 
 @st.composite
