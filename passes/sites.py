@@ -92,6 +92,8 @@ def locate(path: str, port: PlacePort, call: int | None, span: Span, order: Orde
         return Place(path, port, None, RESULT)
     count = order.count(path)
     name = path or "the model"
+    inner = path.rpartition(":")[2]
+    access = inner if inner in ATTENTION_VALUES and ":" in path else port
     if count == 0 and ":" in path:
         raise CompileError([_no_operation(path, span, order)])
     if count == 0:
@@ -110,7 +112,7 @@ def locate(path: str, port: PlacePort, call: int | None, span: Span, order: Orde
                 Diagnostic(
                     span,
                     f"`{name}` is called {count} times in one forward",
-                    f"say which call is meant: `.calls[0].{port}` to `.calls[{count - 1}].{port}`",
+                    f"say which call is meant: `.calls[0].{access}` to `.calls[{count - 1}].{access}`",
                 )
             ]
         )

@@ -28,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 def numbers(line: str) -> list[float]:
     words = line.replace("'", " ").replace(":", " ").split()
-    return [float(word) for word in words if word.replace(".", "", 1).lstrip("-").isdigit()]
+    return [float(word) for word in words if word.replace(".", "", 1).lstrip("+-").isdigit()]
 
 
 def test_first_example_finds_the_fact_at_the_last_token(run) -> None:
@@ -133,3 +133,22 @@ def test_an_autoencoder_learns(run) -> None:
     losses = [numbers(line.replace(",", " "))[1] for line in run("own_modules.py")]
     assert len(losses) == 3
     assert losses[-1] < losses[0] / 10
+
+
+def test_an_mlp_that_does_not_see_its_attention_loses_the_fact(run) -> None:
+    lines = run("source.py")
+    assert any(line.startswith("self_mlp_0 ─┐") for line in lines)
+    (plain,) = (numbers(line)[-1] for line in lines if line.startswith("' Paris'"))
+    layers = [numbers(line)[-1] for line in lines if line.startswith("layer")]
+    assert len(layers) == 3
+    assert layers[0] < plain - 1
+    assert layers[2] < plain - 1
+
+
+def test_the_fact_reaches_the_last_token_through_attention(run) -> None:
+    lines = run("attention.py")
+    assert "layer 0: the last token looks most at 'ĠTower'" in lines
+    edges = [numbers(line)[-1] for line in lines if "without the edge" in line]
+    assert edges[0] > 4
+    assert abs(edges[1]) < 0.1
+    assert "computed from q, k and the mask" in lines[-1]

@@ -283,3 +283,60 @@ def test_what_computes_no_attention_has_no_form() -> None:
     model = ARCHITECTURES["gpt2"].build("sdpa")
     found = {path for path, module in model.named_modules() if form_of(module) is not None}
     assert found == {"transformer.h.0.attn", "transformer.h.1.attn"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gptj"])
+def test_in_bfloat16(name: str) -> None:
+    this = ARCHITECTURES[name]
+    exact, model = this.build("eager"), this.build_fast()
+    model.load_state_dict(exact.state_dict())
+    model.to(torch.bfloat16)
+    exact.to(torch.bfloat16)
+    inputs = this.inputs()
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        plain, wanted = first(model(**inputs)), exact(**inputs, output_attentions=True).attentions[1]
+    with seen(model, this.attention, VALUES) as held:
+        read = first(model(**inputs))
+    assert held["pattern"].dtype == held["z"].dtype == torch.bfloat16
+    assert ((held["pattern"] - wanted) * real[:, None, :, None]).abs().max() < 0.05
+    assert ((read - plain) * real[..., None]).abs().max() < 0.05 * plain.abs().max()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2", "bloom", "gptj", "xglm"])
+def test_steps_of_a_generation_see_the_keys_of_the_cache(name: str) -> None:
+    """At each step after the first one query meets all keys so far (or those of its window)."""
+    this = ARCHITECTURES[name]
+    model, exact = this.build_fast(), this.build("eager")
+    exact.load_state_dict(model.state_dict())
+    inputs = this.inputs()
+    steps: list[dict[str, torch.Tensor]] = [{}]
+    run = object()
+    operations = Operations(model, run)
+
+    def look(each: str) -> Any:
+        def hook(_: Any, __: Any, value: torch.Tensor) -> None:
+            if each in steps[-1]:
+                steps.append({})
+            steps[-1][each] = value.clone()
+
+        return hook
+
+    for each in ("pattern", "q", "k", "v", "z"):
+        operations.operation(f"{this.attention}:{each}").register_forward_hook(look(each))
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "min_new_tokens": 3}
+    with ACTIVE.running(run), torch.no_grad():
+        found = model.generate(**inputs, **options)
+    operations.remove()
+    with torch.no_grad():
+        wanted = exact.generate(**inputs, **options, output_attentions=True)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert len(steps) == 3
+    for step, theirs in zip(steps, wanted.attentions, strict=True):
+        pattern = step["pattern"]
+        real = inputs["attention_mask"].bool()[:, None, :, None] if pattern.shape[2] == 6 else 1
+        assert pattern.shape == theirs[1].shape
+        assert ((pattern - theirs[1]) * real).abs().max() < 1e-5
+        assert step["k"].shape[1] == step["v"].shape[1] == pattern.shape[3]
+        assert step["q"].shape[1] == step["z"].shape[1] == pattern.shape[2]
+    assert steps[2]["q"].shape[1] == 1
