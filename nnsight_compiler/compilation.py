@@ -35,7 +35,7 @@ from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.plans import Axes, Plan, plan
 from nnsight_compiler.runtime.rows import SiteAxes
 from nnsight_compiler.runtime.support import UNBOUND
-from nnsight_compiler.shapes import Inputs, extent_of, found_axes, site_axes, why_undivided
+from nnsight_compiler.shapes import Inputs, extent_of, found_axes, site_axes, why_not_apart, why_undivided
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Checker
@@ -142,7 +142,7 @@ def compile_program(
         model, example = lowered.models[forward.result.name], example_of(lowered, forward.result.name)
         return None if example is None else site_axes(model, example, at.module.path, at.port, at.call or 0)
 
-    made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes))
+    made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes, why_not_apart))
     return Compiled(lowered.program, made, lowered.guards, lowered.objects, lowered.unsaved, lowered.unsure, stages)
 
 

@@ -18,10 +18,15 @@ from torch import nn
 from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
+from nnsight_compiler.passes.sites import EventPort
 from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a forward, or of an invoke."""
+SiteName = tuple[str, EventPort, int]
+"""The path of a module, a port, a call."""
+Confirm = Callable[[Any, Given, tuple[SiteName, ...]], str | None]
+"""Says why invokes cannot share the sites of a model's forward on these inputs; `None` where they can."""
 SiteFunction = Callable[[Any, Any], Any]
 """`(value, state) -> value`: what the model goes on with."""
 
@@ -79,13 +84,27 @@ class Forward:
     brings: the names in the state of what comes from outside of the forward; gradients are recorded where one of these
         requires them.
     invokes: for each invoke that brings input, the name in the state of its share, or nothing if no site asks for it.
+    divided: the path, port and call of each site that invokes share, and `confirm` says of them why they cannot;
+        asked once, before the first run.
     axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("_whole", "axes", "brings", "copies", "invokes", "sites", "span", "stops")
+    __slots__ = (
+        "_confirmed",
+        "_whole",
+        "axes",
+        "brings",
+        "confirm",
+        "copies",
+        "divided",
+        "invokes",
+        "sites",
+        "span",
+        "stops",
+    )
 
     def __init__(
         self,
@@ -96,9 +115,12 @@ class Forward:
         span: Span,
         invokes: tuple[str, ...] = (),
         axes: Callable[[Any, Given], SitesAxes] | None = None,
+        divided: tuple[SiteName, ...] = (),
+        confirm: Confirm | None = None,
     ) -> None:
         self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
-        self.invokes, self.axes = invokes, axes
+        self.invokes, self.axes, self.divided, self.confirm = invokes, axes, divided, confirm
+        self._confirmed = False
         self._whole: set[Any] = set()
 
     def run(
@@ -175,6 +197,11 @@ class Forward:
             batch = model._batch(invokes, options)
         except ModelError as error:
             raise RunError(f"{self.span}: {error}") from None
+        if self.confirm is not None and not self._confirmed:
+            wrong = self.confirm(model, (batch.args, batch.kwargs), self.divided)
+            if wrong is not None:
+                raise RunError(f"{self.span}: {wrong}")
+            self._confirmed = True
         sizes = Sizes(batch.rows, batch.tokens)
         if self.axes is not None:
             sizes.axes = self.axes(model, (batch.args, batch.kwargs))

@@ -33,7 +33,7 @@ from nnsight_compiler.ir.traverse import defined, definitions, regions, used, wa
 from nnsight_compiler.ir.values import Module, Operand, Value, values_in
 from nnsight_compiler.passes.origins import Origins
 from nnsight_compiler.runtime import sites as support
-from nnsight_compiler.runtime.forwards import Forward, Given, SitePlan, resolve
+from nnsight_compiler.runtime.forwards import Confirm, Forward, Given, SiteName, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.names import Names
 from nnsight_compiler.runtime.rows import Divided, SiteAxes, SitesAxes
@@ -67,10 +67,12 @@ class Axes:
 
     known: what stands at a site; `None` where that becomes known only with the inputs of the forward.
     found: what stands at the sites of a model's forward on these inputs.
+    confirm: says why invokes cannot share the sites of a forward.
     """
 
     known: Callable[[ForwardOp, At], SiteAxes | None]
     found: Callable[[Any, Given], SitesAxes]
+    confirm: Confirm
 
 
 def plan(
@@ -96,6 +98,7 @@ class _Generator(Statements):
         self.reads: dict[str, Read] = {}
         self.divided = False
         self.later: set[int] = set()
+        self.shared: dict[int, list[SiteName]] = {}
         self.direct: set[str] = set()
         self.in_site = False
         self.forwards: dict[int, Forward] = {}
@@ -116,7 +119,11 @@ class _Generator(Statements):
             copies = any(map(origins.writes_tensors, walk(op.body)))
             brings, invokes = self._brings(op), self._invokes(op)
             axes = self.axes.found if id(op) in self.later else None
-            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), copies, brings, op.span, invokes, axes)
+            divided = tuple(self.shared.get(id(op), ()))
+            confirm = self.axes.confirm if divided else None
+            self.forwards[id(op)] = Forward(
+                tuple(plans[id(op)]), _stops(op), copies, brings, op.span, invokes, axes, divided, confirm
+            )
         driver = self._driver(bool(sites))
         (run,) = link(self, [driver], globals_, closure, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
@@ -285,6 +292,7 @@ class _Generator(Statements):
         return made
 
     def _site_axes(self, op: ForwardOp, at: At) -> ast.expr:
+        self.shared.setdefault(id(op), []).append((at.module.path, at.port, at.call or 0))
         known = self.axes.known(op, at)
         if known is not None:
             return self.constant("axes", known)

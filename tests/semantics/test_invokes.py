@@ -437,6 +437,55 @@ def test_positions_that_are_not(tiny: LanguageModel, index: str) -> None:
     assert intervene.from_source(text)(tiny, LONG, SHORT, 5).isfinite().all()
 
 
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(4, 4), nn.Sequential(nn.Linear(4, 4), Mean())], ids=["time", "mean"])
+def test_rows_that_see_each_other_are_refused(module: nn.Module) -> None:
+    net = NNsight(module)
+    shape = (2, 1, 4) if isinstance(module, nn.LSTM) else (2, 4)
+
+    @intervene
+    def both(model: Any, x: torch.Tensor) -> Any:
+        with model.trace() as tracer:
+            with tracer.invoke(x):
+                first = model.output
+            with tracer.invoke(x):
+                pass
+        return first
+
+    with pytest.raises(RunError, match="`the model` output cannot be shared by invokes: what one row is given changes"):
+        both(net, torch.ones(shape))
+
+
+class Halves(nn.Module):
+    """Gives all first halves before all second ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = self.inner(torch.cat([x[:, :2], x[:, 2:]]))
+        return torch.cat(halves.chunk(2), 1)
+
+
+def test_rows_that_are_not_one_after_the_other_are_refused() -> None:
+    @intervene
+    def inner(model: Any, x: torch.Tensor) -> Any:
+        with model.trace() as tracer:
+            with tracer.invoke(x):
+                first = model.inner.output
+            with tracer.invoke(x):
+                pass
+        return first
+
+    with pytest.raises(RunError, match="`inner` output cannot be shared by invokes"):
+        inner(NNsight(Halves()), torch.ones(1, 4))
+
+
 # --- the page ---
 
 PAGE = (Path(__file__).parents[2] / "docs" / "invokes.md").read_text(encoding="utf-8")
