@@ -268,7 +268,10 @@ def _purpose(op: ops.Forward) -> str:
     reads: list[tuple[str, str]] = []
     writes: list[tuple[str, str]] = []
     last = ("", "output")
+    invokes = sum(isinstance(each, ops.Invoke) for each in op.body.ops)
     for at in op.body.ops:
+        if isinstance(at, ops.Invoke):
+            continue
         assert isinstance(at, ops.At), "explained programs are placed"
         last = at.module.path, at.port
         inside = list(walk(at.body))
@@ -278,6 +281,8 @@ def _purpose(op: ops.Forward) -> str:
             reads.append(last)
     touched = {"reads": reads, "writes": writes}
     parts = [f"{word} {', '.join(_ranges(sites))}" for word, sites in touched.items() if sites]
+    if invokes:
+        parts.insert(0, "1 invoke" if invokes == 1 else f"{invokes} invokes")
     end = "ends after it" if [*reads, *writes] == [last] else f"ends after {_named(*last)}"
     return "; ".join([*parts, "runs to its end" if last == ("", "output") else end])
 
