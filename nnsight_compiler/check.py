@@ -117,7 +117,9 @@ class Checker:
         self.diagnostics += found.diagnostics
         self.unchecked += found.unchecked
         models, inputs = found.specialised.models, found.specialised.inputs
-        known = {name: None if _is_untold(models[name], given) else given for name, given in inputs.items()}
+        known = {
+            name: None if given is None or models[name]._is_untold(*given) else given for name, given in inputs.items()
+        }
         return replace(found.specialised, inputs=known)
 
     def refused(self, error: CompileError) -> None:
@@ -253,13 +255,9 @@ def as_model(value: Any) -> Any:
 class Configured(LanguageModel):
     """A language model of which only the configuration is known: how text becomes tokens is not told."""
 
-
-def _is_untold(model: Any, given: Inputs | None) -> bool:
-    """Whether the tokens of an input cannot be known."""
-    if given is None or not isinstance(model, Configured):
-        return given is None
-    prompt = given[0][0] if given[0] else given[1].get("input_ids")
-    return isinstance(prompt, str) or (isinstance(prompt, list) and any(isinstance(each, str) for each in prompt))
+    def _is_untold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        prompt = args[0] if args else kwargs.get("input_ids")
+        return isinstance(prompt, str) or (isinstance(prompt, list) and any(isinstance(each, str) for each in prompt))
 
 
 def _in_order(found: Iterable[Placed]) -> tuple[Placed, ...]:

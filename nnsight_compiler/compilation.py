@@ -44,7 +44,7 @@ from nnsight_compiler.runtime.operations import alike
 from nnsight_compiler.runtime.plans import Axes, Plan, plan
 from nnsight_compiler.runtime.rows import SiteAxes
 from nnsight_compiler.runtime.support import UNBOUND
-from nnsight_compiler.shapes import Inputs, extent_of, found_axes, site_axes, why_undivided
+from nnsight_compiler.shapes import Inputs, extent_of, found_axes, site_axes, why_not_apart, why_undivided
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Checker
@@ -158,7 +158,7 @@ def compile_program(
         return None if example is None else site_axes(model, example, at.module.path, at.port, at.call or 0)
 
     seen = cast(Mapping[str, Observation], lowered.orders)
-    made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes), seen)
+    made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes, why_not_apart), seen)
     return Compiled(
         lowered.program,
         made,

@@ -277,7 +277,10 @@ def _purpose(op: ops.Forward) -> str:
     touched: dict[tuple[str, str], list[tuple[str, str]]] = {}
     last = ("", "output")
     gives = False
+    invokes = sum(isinstance(each, ops.Invoke) for each in op.body.ops)
     for at in op.body.ops:
+        if isinstance(at, ops.Invoke):
+            continue
         assert isinstance(at, ops.At), "explained programs are placed"
         if at.port == "result":
             gives = any(isinstance(each, ops.Read) for each in walk(at.body))
@@ -293,6 +296,8 @@ def _purpose(op: ops.Forward) -> str:
                 touched.setdefault(("reads", when), []).append(last)
     ordered = sorted(touched.items(), key=lambda each: ("reads", "writes", "may skip at").index(each[0][0]))
     parts = [f"{word} {', '.join(_ranges(sites))}{when}" for (word, when), sites in ordered]
+    if invokes:
+        parts.insert(0, "1 invoke" if invokes == 1 else f"{invokes} invokes")
     parts += [f"stops where line {each.span.line} says so" for each in walk(op.body) if isinstance(each, ops.Stop)]
     if op.method == "generate":
         return "; ".join([*parts, "generates to its end", *(["gives what it returns"] if gives else [])])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -16,8 +16,11 @@ from nnsight_compiler.observations import axes_of
 from nnsight_compiler.passes.shapes import Extent
 from nnsight_compiler.passes.sites import PlacePort, event_port
 from nnsight_compiler.passes.stand_ins import UNKNOWN
-from nnsight_compiler.runtime.axes import Axes, AxisError, Opaque
+from nnsight_compiler.runtime.apart import mixed
+from nnsight_compiler.runtime.axes import Axes, AxisError, Opaque, TensorAxes
+from nnsight_compiler.runtime.observe import Event
 from nnsight_compiler.runtime.rows import SiteAxes, SitesAxes
+from nnsight_compiler.runtime.shadow import is_transformers
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -86,6 +89,30 @@ def why_undivided(model: Any, example: Inputs | None, op: ops.Read | ops.Write) 
     except AxisError as error:
         return str(error)
     return axes.leaves[0].reason if axes.plain and isinstance(axes.leaves[0], Opaque) else None
+
+
+def why_not_apart(model: Any, inputs: Inputs, sites: Iterable[tuple[str, PlacePort, int]]) -> str | None:
+    """Why invokes cannot share these sites of a forward on these inputs: one row's input changes other rows. Models of
+    transformers are taken to keep rows apart, but where rows are one dimension with something else."""
+    module = model._wrapped
+    found = {Event(*site): site_axes(model, inputs, *site) for site in sites}
+    if is_transformers(module):
+        found = {event: axes for event, axes in found.items() if any(map(_is_merged, axes.leaves))}
+    if not found:
+        return None
+    axes, _, _ = axes_of(model, *inputs)
+    event = mixed(module, *inputs, axes.inputs, found)
+    if event is None:
+        return None
+    return (
+        f"`{event.path or 'the model'}` {event.port} cannot be shared by invokes: what one row is given changes others"
+        " there\n  way out: run a `trace` for each input, or read it outside of the invokes"
+    )
+
+
+def _is_merged(leaf: Any) -> bool:
+    leaf = leaf.sometimes if isinstance(leaf, Opaque) else leaf
+    return isinstance(leaf, TensorAxes) and any(each.rows_tokens or each.rows > 1 for each in leaf.shape)
 
 
 @final

@@ -168,12 +168,12 @@ def settle(interpretation: ControlFlow, running: Forwarding, op: ops.Forward, ma
             )
         return body
     options = interpretation.inputs[name]
-    given = [each for _, each in invokes]
+    given = [each for _, each in invokes if each is not None and not handle._is_untold(*each)]
     interpretation.invoked[name] = tuple(invoke.result.name for invoke, _ in invokes)
     interpretation.inputs[name] = None
-    if options is not None and None not in given:
+    if options is not None and len(given) == len(invokes):
         try:
-            batch = handle._batch([each for each in given if each is not None], options[1])
+            batch = handle._batch(given, options[1])
         except ModelError as error:
             interpretation.fail(running.span, str(error))
         interpretation.inputs[name] = batch.args, batch.kwargs

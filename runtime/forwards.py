@@ -7,7 +7,7 @@ registered it: another thread, a run inside this one, and a module that the body
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any, Protocol, final
 from typing import Literal as OneOf
@@ -18,6 +18,7 @@ from torch import nn
 from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
+from nnsight_compiler.passes.sites import PlacePort
 from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
 from nnsight_compiler.runtime.generation import Asked, Generation, Steps, covers
 from nnsight_compiler.runtime.gradients import recorded
@@ -30,6 +31,10 @@ from nnsight_compiler.runtime.stopping import Later, Stopped, not_reached
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a forward, or of an invoke."""
+SiteName = tuple[str, PlacePort, int]
+"""The path of a module, a port, a call."""
+Confirm = Callable[[Any, Given, tuple[SiteName, ...]], str | None]
+"""Says why invokes cannot share the sites of a model's forward on these inputs; `None` where they can."""
 SiteFunction = Callable[[Any, Any], Any]
 """`(value, state) -> value`: what the model goes on with."""
 
@@ -79,6 +84,7 @@ class SitePlan:
 
 
 @final
+@dataclass(slots=True, eq=False)
 class Forward:
     """The plan of one forward: the functions at its sites, in the order in which they run.
 
@@ -89,50 +95,33 @@ class Forward:
     wanted: where a gradient is asked for, which is also recorded then.
     named: the weights whose gradients count, by their paths.
     invokes: for each invoke that brings input, the name in the state of its share, or nothing if no site asks for it.
+    divided: the path, port and call of each site that invokes share, and `confirm` says of them why they cannot;
+        asked once, before the first run.
     axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
     own: the paths of the modules that the body calls: where one was attached, and is trained, gradients are recorded.
+    results: what is done with what a generation returned.
     generation: what a generation is asked for; `None` where the model runs once.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = (
-        "_whole",
-        "axes",
-        "brings",
-        "copies",
-        "generation",
-        "invokes",
-        "named",
-        "own",
-        "results",
-        "sites",
-        "span",
-        "stops",
-        "wanted",
-    )
-
-    def __init__(
-        self,
-        sites: tuple[SitePlan, ...],
-        stops: bool,
-        copies: bool,
-        brings: tuple[str, ...],
-        span: Span,
-        own: frozenset[str] = frozenset(),
-        invokes: tuple[str, ...] = (),
-        axes: Callable[[Any, Given], SitesAxes] | None = None,
-        wanted: Span | None = None,
-        named: tuple[str, ...] = (),
-        generation: Asked | None = None,
-    ) -> None:
-        self.sites = tuple(site for site in sites if site.port != "result")
-        self.results = tuple(site for site in sites if site.port == "result")
-        self.stops, self.copies, self.brings, self.span = stops, copies, brings, span
-        self.own, self.invokes, self.axes = own, invokes, axes
-        self.wanted, self.named, self.generation = wanted, named, generation
-        self._whole: set[Any] = set()
+    sites: tuple[SitePlan, ...]
+    stops: bool
+    copies: bool
+    brings: tuple[str, ...]
+    span: Span
+    own: frozenset[str] = frozenset()
+    wanted: Span | None = None
+    named: tuple[str, ...] = ()
+    invokes: tuple[str, ...] = ()
+    axes: Callable[[Any, Given], SitesAxes] | None = None
+    divided: tuple[SiteName, ...] = ()
+    confirm: Confirm | None = None
+    results: tuple[SitePlan, ...] = ()
+    generation: Asked | None = None
+    _whole: set[Any] = field(default_factory=set)
+    _confirmed: bool = False
 
     def run(
         self,
@@ -294,6 +283,11 @@ class Forward:
             batch = model._batch(invokes, options)
         except ModelError as error:
             raise RunError(f"{self.span}: {error}") from None
+        if self.confirm is not None and not self._confirmed:
+            wrong = self.confirm(model, (batch.args, batch.kwargs), self.divided)
+            if wrong is not None:
+                raise RunError(f"{self.span}: {wrong}")
+            self._confirmed = True
         sizes = Sizes(batch.rows, batch.tokens)
         if self.axes is not None:
             sizes.axes = self.axes(model, (batch.args, batch.kwargs))

@@ -55,7 +55,7 @@ from nnsight_compiler.passes.moments import first_step, last_step
 from nnsight_compiler.passes.origins import Origins
 from nnsight_compiler.runtime import caches, gradients, observed_calls
 from nnsight_compiler.runtime import sites as support
-from nnsight_compiler.runtime.forwards import Forward, Given, SitePlan, resolve
+from nnsight_compiler.runtime.forwards import Confirm, Forward, Given, SiteName, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.generation import Asked, Wanted
 from nnsight_compiler.runtime.names import Names
@@ -94,10 +94,12 @@ class Axes:
 
     known: what stands at a site; `None` where that becomes known only with the inputs of the forward.
     found: what stands at the sites of a model's forward on these inputs.
+    confirm: says why invokes cannot share the sites of a forward.
     """
 
     known: Callable[[ForwardOp, At], SiteAxes | None]
     found: Callable[[Any, Given], SitesAxes]
+    confirm: Confirm
 
 
 def plan(
@@ -125,6 +127,7 @@ class _Generator(Statements):
         self.reads: dict[str, Read] = {}
         self.divided = False
         self.later: set[int] = set()
+        self.shared: dict[int, list[SiteName]] = {}
         self.direct: set[str] = set()
         self.recorded: set[str] = set()
         self.in_site = False
@@ -151,19 +154,24 @@ class _Generator(Statements):
             copies = wanted is not None or any(map(origins.writes_tensors, walk(op.body)))
             called = (each.function for each in walk(op.body) if isinstance(each, Call))
             own = frozenset(function.path for function in called if isinstance(function, Module))
-            axes = self.axes.found if id(op) in self.later else None
+            divided = tuple(self.shared.get(id(op), ()))
+            generates = op.method == "generate"
+            found = plans[id(op)]
             self.forwards[id(op)] = Forward(
-                tuple(plans[id(op)]),
-                op.method != "generate" and _stops(op),
-                copies,
-                self._brings(op),
-                op.span,
-                own,
-                self._invokes(op),
-                axes,
-                wanted,
-                named,
-                Asked(self.names[self.step], _wanted(op)) if op.method == "generate" else None,
+                sites=tuple(site for site in found if site.port != "result"),
+                stops=not generates and _stops(op),
+                copies=copies,
+                brings=self._brings(op),
+                span=op.span,
+                own=own,
+                wanted=wanted,
+                named=named,
+                invokes=self._invokes(op),
+                axes=self.axes.found if id(op) in self.later else None,
+                divided=divided,
+                confirm=self.axes.confirm if divided else None,
+                results=tuple(site for site in found if site.port == "result"),
+                generation=Asked(self.names[self.step], _wanted(op)) if generates else None,
             )
         driver = self._driver(bool(made) or any(op.method == "generate" for op in forwards))
         (run,) = link(self, [driver], globals_, closure, program.span)
@@ -487,6 +495,7 @@ class _Generator(Statements):
         return made
 
     def _site_axes(self, op: ForwardOp, at: At) -> ast.expr:
+        self.shared.setdefault(id(op), []).append((at.module.path, at.port, at.call or 0))
         known = self.axes.known(op, at)
         if known is not None:
             return self.constant("axes", known)

@@ -301,7 +301,7 @@ def _has_rows(axes: Any) -> bool:
 
 def _narrowed(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> _Served:
     """The part of an invoke: a view, or a copy where no view has the shape that it has alone."""
-    part, merged = _region(tensor, axes, share)
+    part, merged = region(tensor, axes, share)
     if not _has_rows(axes) and share.part.rows < share.sizes.rows:
         copy = part.clone()
         return _Served(copy, True, None if copy.is_inference() else copy._version, True, part)
@@ -319,13 +319,13 @@ def _narrowed(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> _Served:
 def _put(whole: torch.Tensor, part: torch.Tensor, axes: Any, share: Share) -> None:
     """Writes the part of an invoke into the whole, in place."""
     axes = axes.sometimes if isinstance(axes, Opaque) else axes
-    region, merged = _region(whole, axes, share)
+    part_of_whole, merged = region(whole, axes, share)
     if merged is not None:
-        part = part.reshape(region.shape)
-    region.copy_(part)
+        part = part.reshape(part_of_whole.shape)
+    part_of_whole.copy_(part)
 
 
-def _region(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> tuple[torch.Tensor, int | None]:
+def region(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> tuple[torch.Tensor, int | None]:
     """A view of the part of an invoke. Where rows and tokens are one dimension and padding stands between them, they
     are two here, the first of which is named.
 

@@ -261,6 +261,10 @@ class NNsight(ModuleView):
         plain = {name: value for name, value in options.items() if name != "grad"}
         return concatenated(self._wrapped, [self._prepare(*each) for each in given], plain)
 
+    def _is_untold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it cannot be known here what this input becomes."""
+        return False
+
     def _lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         """How many tokens each of several prompts has, if they are a rectangle because the model's wrapper made it."""
         return ()

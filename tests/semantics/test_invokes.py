@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 
 from nnsight_compiler import CompileError, LanguageModel, NNsight, intervene
 from nnsight_compiler.ir.errors import ExperimentError, RunError
+from nnsight_compiler.ir.parser import parse_program
+from nnsight_compiler.ir.serial import from_json, to_json
 
 LONG, SHORT, OTHER = "The Eiffel Tower is in the city of", "Hello there", "A cat sat on the"
 
@@ -435,6 +438,141 @@ def test_positions_that_are_not(tiny: LanguageModel, index: str) -> None:
     body = f"    with model.trace([long, short]):\n        out = model.layers[0].output{index}\n"
     text = f"def use(model, long, short, position):\n{body}    return out\n"
     assert intervene.from_source(text)(tiny, LONG, SHORT, 5).isfinite().all()
+
+
+@intervene
+def exchanged(model: Any, one: str, other: str) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(one):
+            hidden = model.layers[1].output[:, -1]
+        with tracer.invoke(other):
+            model.layers[1].output[:, -1] = hidden
+            logits = model.lm_head.output[:, -1]
+    return logits
+
+
+@intervene
+def mistaken(model: Any, one: Any, other: Any) -> Any:
+    with model.trace() as tracer:
+        with tracer.invoke(one):
+            hidden = model.layers[1].output[:, :, 999]
+        with tracer.invoke(other):
+            logits = model.lm_head.output[:, 4]
+    return hidden, logits
+
+
+def test_the_program_is_told_checked_and_kept_as_others_are(tiny: LanguageModel, tmp_path: Path) -> None:
+    expected = exchanged(tiny, LONG, SHORT)
+    assert "2 invokes; " in str(exchanged.explain(tiny, LONG, SHORT))
+    program = exchanged.lower(tiny, LONG, SHORT).program
+    assert parse_program(str(program)) == program
+    assert from_json(to_json(program)) == program
+    exchanged.save(tmp_path / "exchanged.safetensors")
+    loaded = type(exchanged).load(tmp_path / "exchanged.safetensors", tiny)
+    assert torch.equal(loaded(tiny, LONG, SHORT), expected)
+    reasons = [each.reason for each in mistaken.check("tiny", LONG, SHORT).diagnostics]
+    assert reasons == [
+        "index 999 is out of range: this dimension has 128 entries",
+        "index 4 is out of range: this dimension (tokens) has 4 entries",  # its own, not those of the longer prompt
+    ]
+    assert exchanged.check("tiny", LONG, SHORT).ok
+
+
+def test_threads_modes_and_dtypes(tiny: LanguageModel) -> None:
+    expected = {prompt: exchanged(tiny, prompt, SHORT) for prompt in (LONG, OTHER)}
+    found: list[tuple[str, torch.Tensor]] = []
+    threads = [
+        threading.Thread(target=lambda prompt=prompt: found.append((prompt, exchanged(tiny, prompt, SHORT))))
+        for prompt in [LONG, OTHER] * 4
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all(torch.equal(value, expected[prompt]) for prompt, value in found)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(exchanged(tiny, LONG, SHORT), expected[LONG])
+    half = LanguageModel("tiny", dtype=torch.bfloat16)
+    logits = exchanged(half, LONG, SHORT)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected[LONG], atol=0.5, rtol=0.1)
+
+
+def test_gradients_reach_what_an_invoke_brings_through_its_rows_alone(tiny: LanguageModel) -> None:
+    vector = torch.zeros(128, requires_grad=True)
+
+    @intervene
+    def steered(model: Any, one: str, other: str, vector: torch.Tensor) -> Any:
+        with model.trace() as tracer:
+            with tracer.invoke(one):
+                model.layers[1].output = model.layers[1].output + vector
+                first = model.lm_head.output[:, -1]
+            with tracer.invoke(other):
+                second = model.lm_head.output[:, -1]
+        return first, second
+
+    first, second = steered(tiny, SHORT, LONG, vector)
+    (of_other,) = torch.autograd.grad(second.sum(), vector, retain_graph=True, allow_unused=True)
+    assert of_other is None or not of_other.any()
+    (found,) = torch.autograd.grad(first.square().sum(), vector)
+    module = tiny._ready()
+    handle = module.transformer.h[1].register_forward_hook(lambda _, args, output: output + vector)
+    ids = tiny.tokenizer([SHORT], return_tensors="pt")["input_ids"]
+    (expected,) = torch.autograd.grad(module(input_ids=ids).logits[:, -1].square().sum(), vector)
+    handle.remove()
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-3)
+    assert not any(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(4, 4), nn.Sequential(nn.Linear(4, 4), Mean())], ids=["time", "mean"])
+def test_rows_that_see_each_other_are_refused(module: nn.Module) -> None:
+    net = NNsight(module)
+    shape = (2, 1, 4) if isinstance(module, nn.LSTM) else (2, 4)
+
+    @intervene
+    def both(model: Any, x: torch.Tensor) -> Any:
+        with model.trace() as tracer:
+            with tracer.invoke(x):
+                first = model.output
+            with tracer.invoke(x):
+                pass
+        return first
+
+    with pytest.raises(RunError, match="`the model` output cannot be shared by invokes: what one row is given changes"):
+        both(net, torch.ones(shape))
+
+
+class Halves(nn.Module):
+    """Gives all first halves before all second ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = self.inner(torch.cat([x[:, :2], x[:, 2:]]))
+        return torch.cat(halves.chunk(2), 1)
+
+
+def test_rows_that_are_not_one_after_the_other_are_refused() -> None:
+    @intervene
+    def inner(model: Any, x: torch.Tensor) -> Any:
+        with model.trace() as tracer:
+            with tracer.invoke(x):
+                first = model.inner.output
+            with tracer.invoke(x):
+                pass
+        return first
+
+    with pytest.raises(RunError, match="`inner` output cannot be shared by invokes"):
+        inner(NNsight(Halves()), torch.ones(1, 4))
 
 
 # --- the page ---
