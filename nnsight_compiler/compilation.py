@@ -26,6 +26,7 @@ from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
+from nnsight_compiler.passes.pauses import pausing
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites, forwards
@@ -167,6 +168,8 @@ def lower_program(
             raise joined(error, lambda: check_sites(source, order)) from None
 
     def dead(source: Program) -> Program:
+        if pausing(source):
+            return source
         training = any(model._module.training for model in result[0].models.values())
         return eliminate_dead_saves(source, keep_forwards=training)
 
@@ -174,9 +177,9 @@ def lower_program(
         specialised,
         inferred,
         lambda source: check_sites(source, order),
-        check_unused_values,
+        lambda source: source if pausing(source) else check_unused_values(source),
         dead,
-        eliminate_common_subexpressions,
+        lambda source: source if pausing(source) else eliminate_common_subexpressions(source),
         lambda source: place(source, order),
         copy_on_save,
     )

@@ -19,6 +19,7 @@ from nnsight_compiler.ir.traverse import defined, definitions, operands, regions
 from nnsight_compiler.ir.values import Module, Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.memory import Fresh, Name, Root, Site
+from nnsight_compiler.passes.pauses import pauses
 from nnsight_compiler.passes.sites import (
     Order,
     Place,
@@ -145,7 +146,9 @@ class Body:
         self.entered = self._entered()
         last: dict[object, Entry] = {}
         since: dict[object, list[Entry]] = defaultdict(list)
-        for entry in self.entries:
+        for number, entry in enumerate(self.entries):
+            if pauses(entry.op, self.placement.pausing):
+                entry.needs.extend(self.entries[:number])
             for value in self._uses(entry):
                 maker = self.makers.get(value.name)
                 if maker is None or maker is entry:

@@ -36,6 +36,7 @@ from nnsight_compiler.ir.values import UNBOUND, Module, Operand, Value, values_i
 from nnsight_compiler.passes.entries import BEFORE, Entry
 from nnsight_compiler.passes.memory import Memory
 from nnsight_compiler.passes.outliving import Outliving
+from nnsight_compiler.passes.pauses import pausing
 from nnsight_compiler.passes.sites import (
     Orders,
     forwards,
@@ -61,6 +62,7 @@ class Placement:
         self.program = program
         self.orders = orders
         self.memory = Memory.of(program, copies=True)
+        self.pausing = pausing(program)
         self.builder = Builder(value.name for value in program.values())
         self.homes: dict[str, str] = {}
         self.leaving: dict[str, Value] = {}

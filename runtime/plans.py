@@ -12,13 +12,28 @@ from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any, final
 
-from nnsight_compiler.ir.ops import AnyOp, Argument, At, Op, Parameter, Read, Region, Save, SetItem, Stage, Write
+from nnsight_compiler.ir.ops import (
+    AnyOp,
+    Argument,
+    At,
+    Global,
+    Op,
+    Operator,
+    Parameter,
+    Read,
+    Region,
+    Save,
+    SetItem,
+    Stage,
+    Write,
+)
 from nnsight_compiler.ir.ops import Forward as ForwardOp
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
 from nnsight_compiler.ir.values import Module, Value
 from nnsight_compiler.passes.origins import Origins
+from nnsight_compiler.passes.pauses import pauses, pausing
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
@@ -61,6 +76,11 @@ class _Generator(Statements):
         self.value = self.names.temporary("value")
         self.state = self.names.temporary("state")
         self.crossing = _crossing(program)
+        self.pausing = pausing(program)
+        if self.pausing:  # a debugger shows them at other sites too
+            placed = (at for op in walk(program.body) if isinstance(op, ForwardOp) for at in _placed(op))
+            self.crossing |= {value.name: value for at in placed for op in at.body.ops for value in defined(op)}
+            self.uses.update(self.crossing.keys())
         self.reads: dict[str, str] = {}
         self.direct: set[str] = set()
         self.in_site = False
@@ -140,7 +160,30 @@ class _Generator(Statements):
     def lower(self, op: AnyOp) -> ast.expr | list[ast.stmt]:
         if isinstance(op, SetItem) and self.in_site:
             return self._set_item(op)
+        if pauses(op, self.pausing):
+            made = super().lower(op)
+            return [*self._named(op), *(made if isinstance(made, list) else [ast.Expr(value=made)])]
         return super().lower(op)
+
+    def _augmented(self, op: Operator) -> list[ast.stmt]:
+        made = super()._augmented(op)
+        change = made[-1]
+        if self.in_site and isinstance(change, ast.AugAssign) and not isinstance(change.value, ast.Constant):
+            numbers = self.constant("numbers", support.numbers)
+            change.value = ast.Call(func=numbers, args=[change.value], keywords=[])
+        return made
+
+    def _named(self, op: Op) -> Iterator[ast.stmt]:
+        """The values made so far, under the names that the source gives them, for a debugger."""
+        for other in self.program.walk():
+            if other is op:
+                return
+            for value in defined(other):
+                name = value.name.partition(".")[0]
+                if name.isidentifier() and value.name in self.crossing and not isinstance(other, Global):
+                    held = [load(self.names[self.state]), ast.Constant(self.names[value]), ast.Constant(None)]
+                    got = ast.Call(func=self.constant("getattr", getattr), args=held, keywords=[])
+                    yield ast.Assign(targets=[ast.Name(name, ast.Store())], value=got)
 
     def _set_item(self, op: SetItem) -> list[ast.stmt]:
         new = self.operand(op.value, op.span)
@@ -202,7 +245,7 @@ class _Generator(Statements):
         """The function at a site."""
         name = self.names.fresh(f"at.{at.module.path}.{at.port}" if at.module.path else f"at.{at.port}")
         self.in_site = True
-        if not any(isinstance(op, (Write, SetItem)) for op in walk(at.body)):
+        if not any(isinstance(op, (Write, SetItem)) or pauses(op, self.pausing) for op in walk(at.body)):
             self._read_directly(at)
         parameters = (Parameter(self.value), Parameter(self.state))
         made = self.define(name, self.program.name, parameters, at.body, at.span)

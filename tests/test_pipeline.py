@@ -263,6 +263,9 @@ def test_the_page_shows_what_is_refused_and_what_is_warned_of() -> None:
 
 # --- the page on what programs mean ---
 
+PAGES = [
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("names", "scan", "python", "migration")
+]
 MEANING = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
 (PRELUDE,) = re.findall(r"^```python prelude\n(.*?)^```$", MEANING, re.DOTALL | re.MULTILINE)
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", MEANING, re.DOTALL | re.MULTILINE)
@@ -271,6 +274,38 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", MEANIN
 def test_the_page_is_read_whole() -> None:
     assert len(EXAMPLES) == MEANING.count("```python\n") >= 14
     assert sum(bool(error) for _, error in EXAMPLES) == MEANING.count("\n```\n\n```\n") >= 7
+
+
+def _examples(page: str) -> list[tuple[str, str, str]]:
+    (prelude,) = re.findall(r"^```python prelude\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", page, re.DOTALL | re.MULTILINE)
+    assert len(found) == page.count("```python\n")
+    return [(prelude, code, error) for code, error in found]
+
+
+OTHERS = [each for page in PAGES for each in _examples(page)]
+IDIOMS = re.findall(r"\| `([^`]*)` \|$", PAGES[-1].partition("## Around it")[0], re.MULTILINE)
+
+
+@pytest.mark.parametrize(("prelude", "code", "error"), OTHERS, ids=range(len(OTHERS)))
+def test_the_examples_of_other_pages_do_what_they_say(prelude: str, code: str, error: str, tmp_path: Path) -> None:
+    path = tmp_path / "example.py"
+    path.write_text(prelude + code, encoding="utf-8")
+    if not error:
+        runpy.run_path(str(path))
+        return
+    with pytest.raises(ExperimentError, match=re.escape(error)):
+        runpy.run_path(str(path))
+
+
+def test_the_idioms_of_the_migration_table_run(tmp_path: Path) -> None:
+    assert len(IDIOMS) >= 9
+    path = tmp_path / "idioms.py"
+    bodies = [
+        f"with model.trace(prompt) as tracer:\n    {line}\n    logits = model.output.logits.save()\n" for line in IDIOMS
+    ]
+    path.write_text(OTHERS[-1][0] + "".join(bodies), encoding="utf-8")
+    runpy.run_path(str(path))
 
 
 @pytest.mark.parametrize(("code", "error"), EXAMPLES, ids=range(len(EXAMPLES)))
