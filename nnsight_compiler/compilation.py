@@ -29,6 +29,7 @@ from nnsight_compiler.passes.fill_caches import fill_caches
 from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
+from nnsight_compiler.passes.pauses import pausing
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.record_gradients import record_gradients
 from nnsight_compiler.passes.repeat_writes import repeat_writes
@@ -251,6 +252,8 @@ def lower_program(
             raise joined(error, lambda: check_sites(source, order)) from None
 
     def dead(source: Program) -> Program:
+        if pausing(source):
+            return source
         training = any(model._module.training for model in result[0].models.values())
         return eliminate_dead_saves(source, keep_forwards=training)
 
@@ -260,10 +263,10 @@ def lower_program(
         inferred,
         lambda source: check_padding(check_rows(check_sites(source, order), undivided), lengths, arguments),
         lambda source: check_skips(source, order),
-        check_unused_values,
+        lambda source: source if pausing(source) else check_unused_values(source),
         repeat_writes,
         dead,
-        eliminate_common_subexpressions,
+        lambda source: source if pausing(source) else eliminate_common_subexpressions(source),
         lambda source: record_gradients(source, order),
         lambda source: place(source, order),
         copy_on_save,

@@ -95,7 +95,10 @@ def why_not_apart(model: Any, inputs: Inputs, sites: Iterable[tuple[str, PlacePo
     """Why invokes cannot share these sites of a forward on these inputs: one row's input changes other rows. Models of
     transformers are taken to keep rows apart, but where rows are one dimension with something else."""
     module = model._wrapped
-    found = {Event(*site): site_axes(model, inputs, *site) for site in sites}
+    found = {
+        Event(path, "input" if port == "input" else "output", call): site_axes(model, inputs, path, port, call)
+        for path, port, call in sites
+    }
     if is_transformers(module):
         found = {event: axes for event, axes in found.items() if any(map(_is_merged, axes.leaves))}
     if not found:

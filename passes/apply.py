@@ -362,7 +362,7 @@ class Calls(Inlining):
             fail(op.span, "`.position(…)` of a tracer means the prompt of its forward", "call it inside of that `with`")
         if not _finds_positions(running.module.handle):
             fail(op.span, "positions by words need a tokenizer", "wrap the model by `LanguageModel(…)`")
-        prompt = self.evaluator.prompt(running.op.arguments, op.span)
+        prompt = self.evaluator.prompt((running.invoke or running.op).arguments, op.span)
         model = self.evaluator._module_value(running.module.handle._root, running.module, op.span)
         return self._of_module(op, model, "position", [(ops.Argument(NONE), prompt), *arguments])
 

@@ -21,6 +21,7 @@ from nnsight_compiler.ir.values import Module, Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.memory import Fresh, Name, Root, Site
 from nnsight_compiler.passes.moments import Moment, last_step
+from nnsight_compiler.passes.pauses import pauses
 from nnsight_compiler.passes.sites import (
     RESULT,
     Order,
@@ -220,7 +221,9 @@ class Body:
                 if entry.along(other) or not held:
                     entry.needs.append(other)
 
-        for entry in self.entries:
+        for number, entry in enumerate(self.entries):
+            if pauses(entry.op, self.placement.pausing):
+                entry.needs.extend(self.entries[:number])
             for value in self._uses(entry):
                 maker = self.makers.get(value.name)
                 if maker is None or maker is entry:

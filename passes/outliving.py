@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from nnsight_compiler.ir import ops
+from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op, Region
-from nnsight_compiler.ir.traverse import defined, regions, rewrite, walk
+from nnsight_compiler.ir.traverse import defined, regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.entries import Entry
@@ -37,6 +38,7 @@ class Outliving(Schedule):
                 if not entry.merge and self._changes(entry.op) & self._own(value):
                     continue  # what the program made is changed itself; copies are made after that
                 entry.changes[value.name] = self._copied(value, entry.order[0])
+        self._refuse_writes_to_copies()
         for entry in self.entries:
             if isinstance(entry.op, (ops.For, ops.While)):
                 kept = rewrite(entry.op, region=self._kept_in)
@@ -61,6 +63,52 @@ class Outliving(Schedule):
             return False
         writers = self.writers[place.path, place.port, place.call]
         return all(each.order < skip.order or isinstance(each.op, ops.Write) for each in writers)
+
+    def _refuse_writes_to_copies(self) -> None:
+        """Refuses in-place writes to what a list, a dict or an object gives back where a copy was put into it."""
+        stored: dict[Root, Entry] = {}
+        for entry in self.entries:
+            for op in (entry.op, *self._inner(entry)):
+                for value in self._put(op):
+                    if self._live(value) and (op is not entry.op or value.name in entry.changes):
+                        stored.update(dict.fromkeys(self._sites(self.memory.reachable(value)), entry))
+        if not stored:
+            return
+        makers = {value.name: op for entry in self.entries for op in (entry.op, *self._inner(entry))
+                  for value in (*defined(op), *(each for part in regions(op) for each in part.parameters))}  # fmt: skip
+        for entry in self.entries:
+            for op in (entry.op, *self._inner(entry)):
+                if entry.merge or not in_place(op, self.memory):
+                    continue
+                for root in self._sites(targets(op, self.memory)) & stored.keys():
+                    if stored[root].order >= entry.order:
+                        continue
+                    if any(root in self.memory.roots(value) and self._given_back(value, makers) for value in used(op)):
+                        raise CompileError(
+                            [
+                                Diagnostic(
+                                    op.span,
+                                    "this writes to what was put into a container, which holds a copy: the model would"
+                                    " not see it",
+                                    "write to the value before it is put there, or index with a number that the source"
+                                    " spells out",
+                                    ((stored[root].op.span, "it is put there here"),),
+                                )
+                            ]
+                        )
+
+    def _given_back(self, value: Value, makers: dict[str, Op]) -> bool:
+        """Whether a value of the model comes out of a container of the program's, rather than from its site."""
+        op = makers.get(value.name)
+        if op is None or isinstance(op, ops.Read):
+            return False
+        for base in used(op):
+            roots = self.memory.roots(base)
+            if roots and not self._sites(roots) and self._sites(self.memory.reachable(base)):
+                return True
+            if self._sites(roots) and self._given_back(base, makers):
+                return True
+        return False
 
     def _shared(self, write: Entry, value: Value) -> bool:
         """Whether what a write gives to the model, which may go on to change it in place, is also something else. A

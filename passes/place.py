@@ -36,6 +36,7 @@ from nnsight_compiler.ir.values import UNBOUND, Literal, Module, Operand, Value
 from nnsight_compiler.passes.entries import BEFORE, Entry, Frame
 from nnsight_compiler.passes.memory import Memory
 from nnsight_compiler.passes.outliving import Outliving
+from nnsight_compiler.passes.pauses import pausing
 from nnsight_compiler.passes.sites import (
     RESULT,
     Orders,
@@ -62,6 +63,7 @@ class Placement:
         self.program = program
         self.orders = orders
         self.memory = Memory.of(program, copies=True)
+        self.pausing = pausing(program)
         self.builder = Builder(value.name for value in program.values())
         self.homes: dict[str, str] = {}
         self.leaving: dict[str, Value] = {}

@@ -224,6 +224,8 @@ class Specialiser(Staging):
                 return Completion("continue", tuple(map(self.abstract, op.values)), self.span(op))
             case ops.Return():
                 return Completion("return", (self.abstract(op.value),), self.span(op))
+            case ops.Format():
+                self.keep(op, live=0)  # text
             case ops.Emit():
                 self.evaluate.calls.emit_generated(op)
             case ops.Raise():

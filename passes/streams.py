@@ -101,7 +101,8 @@ def _find(evaluator: Evaluator, base: Abstract, name: str, span: Span) -> Stream
     module = base.fact.module if isinstance(base.fact, SiteCalls) else base.fact
     assert isinstance(module, SiteModule)
     try:
-        return specialiser.subject.streams(module.handle, name, specialiser.inputs[forward.result.name])
+        inputs = specialiser.evaluate.calls.known_arguments((forward.invoke or forward.op).arguments)
+        return specialiser.subject.streams(module.handle, name, inputs)
     except ModelError as error:
         specialiser.fail(span, str(error), "`print(model)` shows the tree of its modules")
 

@@ -24,11 +24,13 @@ from nnsight_compiler.ir.ops import (
     Call,
     Captured,
     FromEnd,
+    Global,
     Grad,
     Gradients,
     Invoke,
     Item,
     Op,
+    Operator,
     Parameter,
     Read,
     Record,
@@ -53,6 +55,7 @@ from nnsight_compiler.ir.values import Module, Operand, Tuple, Value, values_in
 from nnsight_compiler.passes.inline import MODULE_CALL
 from nnsight_compiler.passes.moments import first_step, last_step
 from nnsight_compiler.passes.origins import Origins
+from nnsight_compiler.passes.pauses import pauses, pausing
 from nnsight_compiler.runtime import caches, gradients, observed_calls
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Confirm, Forward, Given, SiteName, SitePlan, resolve
@@ -124,6 +127,11 @@ class _Generator(Statements):
         self.state = self.names.temporary("state")
         self.step = self.names.temporary("step")
         self.crossing = _crossing(program)
+        self.pausing = pausing(program)
+        if self.pausing:  # a debugger shows them at other sites too
+            placed = (at for op in walk(program.body) if isinstance(op, ForwardOp) for at in _placed(op))
+            self.crossing |= {value.name: value for at in placed for op in at.body.ops for value in defined(op)}
+            self.uses.update(self.crossing.keys())
         self.reads: dict[str, Read] = {}
         self.divided = False
         self.later: set[int] = set()
@@ -261,6 +269,9 @@ class _Generator(Statements):
             return made
         if isinstance(op, Item) and isinstance(op.object, Value) and op.object.name in self.recorded:
             return self._inside(op)
+        if pauses(op, self.pausing):
+            made = super().lower(op)
+            return [*self._named(op), *(made if isinstance(made, list) else [ast.Expr(value=made)])]
         return super().lower(op)
 
     def _inside(self, op: Item) -> ast.expr:
@@ -271,6 +282,26 @@ class _Generator(Statements):
         record = ast.Subscript(value=held, slice=ast.Constant(1), ctx=ast.Load())
         key = [self.operand(part, op.span) for part in op.index.parts[1:]]
         return ast.Call(func=self.constant("inside", observed_calls.inside), args=[record, *key], keywords=[])
+
+    def _augmented(self, op: Operator) -> list[ast.stmt]:
+        made = super()._augmented(op)
+        change = made[-1]
+        if self.in_site and isinstance(change, ast.AugAssign) and not isinstance(change.value, ast.Constant):
+            numbers = self.constant("numbers", support.numbers)
+            change.value = ast.Call(func=numbers, args=[change.value], keywords=[])
+        return made
+
+    def _named(self, op: Op) -> Iterator[ast.stmt]:
+        """The values made so far, under the names that the source gives them, for a debugger."""
+        for other in self.program.walk():
+            if other is op:
+                return
+            for value in defined(other):
+                name = value.name.partition(".")[0]
+                if name.isidentifier() and value.name in self.crossing and not isinstance(other, Global):
+                    held = [load(self.names[self.state]), ast.Constant(self.names[value]), ast.Constant(None)]
+                    got = ast.Call(func=self.constant("getattr", getattr), args=held, keywords=[])
+                    yield ast.Assign(targets=[ast.Name(name, ast.Store())], value=got)
 
     def _set_item(self, op: SetItem) -> list[ast.stmt]:
         new = self.operand(op.value, op.span)
@@ -477,7 +508,9 @@ class _Generator(Statements):
         if isinstance(at, At):
             name = self.names.fresh(f"at.{at.module.path}.{at.port}" if at.module.path else f"at.{at.port}")
             self.divided = any(isinstance(each, (Read, Write)) and each.rows is not None for each in walk(at.body))
-            if not self.divided and not any(isinstance(each, (Write, SetItem)) for each in walk(at.body)):
+            if not self.divided and not any(
+                isinstance(each, (Write, SetItem)) or pauses(each, self.pausing) for each in walk(at.body)
+            ):
                 self._read_directly(at)
         else:
             name = self.names.fresh("at.gradient")

@@ -44,6 +44,7 @@ def replaced(old: Any, new: Any, where: str) -> Any:
     Raises:
         RunError: the new value does not fit what the model goes on with; `where` names the line.
     """
+    new = numbers(new)
     wrong = misfit(old, new)
     if wrong is not None:
         reason, way_out = wrong
@@ -102,9 +103,16 @@ def set_first_item(value: Arguments, held: Any, index: Any, new: Any) -> tuple[A
 
 def put(target: Any, index: Any, new: Any) -> None:
     """`target[index] = new`; a tensor goes to the device of the tensor that it is written into."""
+    if isinstance(target, torch.Tensor):
+        new = numbers(new)
     if isinstance(target, torch.Tensor) and isinstance(new, torch.Tensor) and new.device != target.device and new.ndim:
         new = new.to(target.device)
     target[index] = new
+
+
+def numbers(value: Any) -> Any:
+    """The value itself, or a tensor in the place of an array of numpy's: what is written to the model is a tensor."""
+    return torch.tensor(value) if type(value).__module__ == "numpy" and hasattr(value, "__array__") else value
 
 
 def _with_item(held: Any, index: Any, new: Any) -> Any:
