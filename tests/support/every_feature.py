@@ -483,8 +483,8 @@ FEATURES = [
     Feature("edit", edit, head("layers.1", lambda output: output * 2), runs=100, awaited="edits"),
     Feature("read_gradients", read_gradients, gradient_of_the_sum, gradients=True, awaited="gradients in a trace"),
     Feature("write_gradients", write_gradients, gradient_doubled, gradients=True, awaited="gradients in a trace"),
-    Feature("source", source_of_a_forward, lambda module, x: outputs(module, x, "pair")[0][1], awaited="source"),
-    Feature("source_written", source_written, without_the_inner, awaited="source"),
+    Feature("source", source_of_a_forward, lambda module, x: outputs(module, x, "pair")[0][1]),
+    Feature("source_written", source_written, without_the_inner),
     Feature("invokes", invokes, each_alone, language_model, runs=100, tolerance=1e-5),
     Feature("generate", generate, generated, language_model, runs=20, awaited="generation"),
 ]
