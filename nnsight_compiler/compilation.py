@@ -17,7 +17,9 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, joined
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.ir.values import Value
 from nnsight_compiler.models.residual import stream_of
+from nnsight_compiler.passes.check_padding import check_padding
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
@@ -219,6 +221,15 @@ def lower_program(
         part = result[0].parts.get(op.result.name)
         return replace(whole, rows=part and part.rows, tokens=part and part.tokens)
 
+    def lengths(forward: ops.Forward, rows: Value | None) -> tuple[int, ...]:
+        name = forward.result.name
+        invokes = result[0].invoked.get(name, ())
+        if rows is not None or len(invokes) == 1:
+            part = result[0].parts.get(invokes[0] if rows is None else rows.name)
+            return part.lengths if part else ()
+        inputs = result[0].inputs[name]
+        return () if inputs is None or invokes else result[0].models[name]._lengths(*inputs)
+
     def undivided(forward: ops.Forward, op: ops.Read | ops.Write) -> str | None:
         name = forward.result.name
         return why_undivided(result[0].models[name], example_of(result[0], name), op)
@@ -236,7 +247,7 @@ def lower_program(
     steps: tuple[Callable[[Program], Program], ...] = (
         specialised,
         inferred,
-        lambda source: check_rows(check_sites(source, order), undivided),
+        lambda source: check_padding(check_rows(check_sites(source, order), undivided), lengths, arguments),
         lambda source: check_skips(source, order),
         check_unused_values,
         dead,

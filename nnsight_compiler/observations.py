@@ -28,7 +28,7 @@ def axes_of(
     """
     args, kwargs = model._prepare(args, {name: value for name, value in kwargs.items() if name != "grad"})
     module = model._module
-    inputs = input_axes(module, args, kwargs)
+    inputs = _apart(input_axes(module, args, kwargs))
     rows, tokens = inputs.sizes(args, kwargs)
     kind = tuple((place, _kind(leaf, place, inputs)) for place, leaf in places(args, kwargs))
     inside = alike(module, operations)
@@ -41,6 +41,18 @@ def axes_of(
             # What holds for some sizes only, or for none, is found anew for others.
             held[(key, rows, tokens) if found.fixed or found.how == "none" else key] = found
         return found, rows, tokens
+
+
+def _apart(inputs: InputAxes) -> InputAxes:
+    """The same, with a decoder's tokens held as they are beside an encoder's: they are others, of one length or not."""
+    if not {"input_ids", "inputs_embeds", "0"} & inputs.dims.keys():
+        return inputs
+    return InputAxes(
+        {
+            place: tuple(None if axis == "tokens" and place.startswith("decoder_") else axis for axis in names)
+            for place, names in inputs.dims.items()
+        }
+    )
 
 
 def _holds(axes: Axes, rows: int, tokens: int) -> bool:

@@ -32,6 +32,7 @@ from nnsight_compiler.passes.facts import (
 )
 from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
 from nnsight_compiler.passes.known_calls import METHODS, known_function, known_method, known_target, names_class
+from nnsight_compiler.passes.observed_calls import is_observed, observe
 
 if TYPE_CHECKING:
     pass
@@ -65,6 +66,9 @@ class Calls(Inlining):
         match function.fact:
             case Function() as fact:
                 return self._closure(op, function, fact, arguments)
+            case SiteModule() as module if is_observed(self.specialiser, arguments, op.span):
+                kept = self._kept(op, function, arguments, MODULE_CALL)
+                return observe(self.specialiser, module, kept, self.specialiser.span(op))
             case SiteModule():
                 return self._kept(op, function, arguments, MODULE_CALL)
             case SiteCalls() | Tracer():
@@ -248,7 +252,7 @@ class Calls(Inlining):
     ) -> Abstract:
         fail = self.specialiser.fail
         match receiver.fact:
-            case SiteModule(handle=handle) if name in ("trace", "generate"):
+            case SiteModule(handle=handle) if name in ("trace", "generate", "scan"):
                 fail(
                     op.span,
                     f"`.{name}(…)` without `with` runs nothing",
@@ -390,6 +394,12 @@ class Calls(Inlining):
                 return value
             case Known(value=held) if immutable(held):
                 return value
+            case Known(value=held) if callable(getattr(type(held), "save", None)):
+                self.specialiser.fail(
+                    span,
+                    f"`.save()` keeps a value here, but a `{type(held).__name__}` has a method of that name",
+                    "call it outside of the `with`",
+                )
         result = self.specialiser.builder.fresh(op.result.name)
         self.specialiser.emit(ops.Save(result, self.specialiser.use(value), span=span))
         return Abstract(result, None, value.loops, 0, span, value.at_run)

@@ -21,6 +21,7 @@ from nnsight_compiler.passes.facts import (
     Elements,
     Function,
     Known,
+    OpenSession,
     SiteModule,
     Tracer,
 )
@@ -107,7 +108,7 @@ class ControlFlow(Interpretation):
                 end = self.region(region)
                 if self.needs_folding(end):
                     self.fold_conditions()
-                    if self.forward is not None and self.program.kind != "block" and not self.made_inside(condition):
+                    if self.forward is not None and not self.one_stage and not self.made_inside(condition):
                         self.unknown(condition, op.span, "this condition")
                 self.conditions.pop()
                 self.leave(end)
@@ -329,6 +330,7 @@ class ControlFlow(Interpretation):
         arguments = tuple(replace(argument, value=self.used(argument.value)) for argument in op.arguments)
         self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
+        self.observed = {}
         brings = brings_input(self, op.arguments)
         self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments) if brings else None
         running = Forwarding(result, module, span, op, self.builder.depth, rolled=len(self.rolled), brings=brings)
@@ -340,6 +342,38 @@ class ControlFlow(Interpretation):
         self.forward, self.conditions = None, outer
         body = Region((), settle(self, running, op, made))
         self.emit(ops.Forward(result, module.model, op.method, arguments, body, span=span))
+        return None if completion.kind in ("end", "yield") else completion
+
+    def session_(self, op: ops.Session) -> Completion | None:
+        """Several forwards as one: transparent, since values leave each forward for those after it in any case."""
+        span = self.span(op)
+        if self.forward is not None or self.session is not None:
+            around = self.session if self.forward is None else self.forward.span
+            assert around is not None
+            what = "a session" if self.forward is None else "a forward"
+            self.fail(
+                span,
+                f"a session cannot begin inside {what}",
+                "open one session, and the traces inside it, one after the other",
+                ((around, f"{what} around it"),),
+            )
+        model = self.evaluate.model(self.abstract(op.model), span, "session")
+        if op.arguments:
+            names = ", ".join(each.keyword or "positional" for each in op.arguments)
+            self.fail(
+                span,
+                f"`.session()` takes no arguments ({names}): its traces run in this process, one after the other",
+                "write `with model.session():`",
+            )
+        if self.closures:
+            raise AccessInClosure
+        result = self.builder.fresh(op.result.name)
+        self.scope[op.result] = Abstract(None, OpenSession(), span=span)
+        self.session = span
+        with self.builder.region() as made:
+            completion = self.region(op.body)
+        self.session = None
+        self.emit(ops.Session(result, model.model, (), Region((), tuple(made)), span=span))
         return None if completion.kind in ("end", "yield") else completion
 
     def check_arguments(self, module: SiteModule, op: ops.Forward, span: Span) -> None:

@@ -221,7 +221,17 @@ class _Elimination:
                 return not isinstance(self.memory.origins.definition(cell), ops.Cell)  # a stage is given its cells
             case ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad() | ops.Save():
                 return False
-            case ops.Stage() | ops.Invoke() | ops.Stop() | ops.Steps() | ops.If() | ops.Try() | ops.At() | ops.Yield():
+            case (
+                ops.Stage()
+                | ops.Session()
+                | ops.Invoke()
+                | ops.Stop()
+                | ops.Steps()
+                | ops.If()
+                | ops.Try()
+                | ops.At()
+                | ops.Yield()
+            ):
                 return False
             case ops.Bound(value=value) if isinstance(value, Unbound) or isinstance(
                 self.memory.origins.definition(value), ops.Global

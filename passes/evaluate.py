@@ -27,6 +27,7 @@ from nnsight_compiler.passes.facts import (
     Iteration,
     Known,
     Method,
+    OpenSession,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -36,6 +37,7 @@ from nnsight_compiler.passes.facts import (
     python_module,
 )
 from nnsight_compiler.passes.items import Items
+from nnsight_compiler.passes.observed_calls import read_inside
 from nnsight_compiler.passes.sites import ATTENTION_VALUES
 from nnsight_compiler.passes.streams import STREAM, read_stream, write_stream
 
@@ -173,6 +175,12 @@ class Evaluator(Items):
                 )
             case Tracer(forward=forward):
                 return self._of_tracer(op, base, forward, name)
+            case OpenSession():
+                self.specialiser.fail(
+                    op.span,
+                    f"a session has no `.{name}`",
+                    "write `with model.trace(…):` inside it, and plain Python loops and conditions around traces",
+                )
             case Known():
                 kept = self._keep_attribute(op, base, name)
                 found = self._known_attribute(base.fact, name)
@@ -201,7 +209,7 @@ class Evaluator(Items):
     def _perhaps_a_module(self, base: Abstract, name: str, span: Span) -> None:
         """Has a stage know what was made before this forward and is now asked for a site: it may be a module."""
         running = self.specialiser.forward
-        if name not in PORTS or running is None or base.live or self.specialiser.program.kind == "block":
+        if name not in PORTS or running is None or base.live or self.specialiser.one_stage:
             return
         if not self.specialiser.made_inside(base):
             self.specialiser.unknown(base, span, "which module this is")
@@ -297,6 +305,11 @@ class Evaluator(Items):
         return Abstract(None, Method(base, name), span=op.span)
 
     def _read(self, op: ops.Attribute | ops.Read, base: Abstract, port: str) -> Abstract:
+        if isinstance(base.fact, SiteModule):
+            span, name = self.specialiser.span(op), op.result.name
+            inside = read_inside(self.specialiser, base.fact, port, name, span)
+            if inside is not None:
+                return inside
         module, call, rows = self.specialiser.site(base, op.span)
         result = self.specialiser.builder.fresh(op.result.name)
         span = self.specialiser.span(op)
@@ -310,6 +323,14 @@ class Evaluator(Items):
         if attention is not None:
             base, name = attention, "output"
         match base.fact:
+            case SiteModule(handle=handle) if name in PORTS and any(
+                handle._path == path or handle._path.startswith(f"{path}.") for path in self.specialiser.observed
+            ):
+                self.specialiser.fail(
+                    span,
+                    f"`{handle._path}` is called in the body, and what happens inside of that call cannot be changed",
+                    "call its parts one by one, and change the values between them",
+                )
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
                 module, call, rows = self.specialiser.site(base, op.span)
                 new = self.specialiser.use(value)

@@ -96,6 +96,11 @@ class Tracer:
     forward: Value
 
 
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """What `with model.session() as session` binds."""
+
+
 @dataclass(slots=True)
 class Elements:
     """A container that the program itself made, element by element known. `items` becomes `None` when it is no longer
@@ -154,7 +159,7 @@ class Iteration:
     start: int = 0
 
 
-Fact = Known | SiteModule | SiteCalls | Tracer | Elements | Method | Function | Iteration | None
+Fact = Known | SiteModule | SiteCalls | Tracer | OpenSession | Elements | Method | Function | Iteration | None
 
 
 @dataclass(slots=True)

@@ -124,6 +124,8 @@ class Interpretation:
         self.scope: dict[Value, Abstract] = {}
         self.frame = Frame(subject.globals, subject.closure, program.name, own=True)
         self.forward: Forwarding | None = None
+        self.session: Span | None = None
+        self.observed: dict[str, Abstract] = {}
         self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]] | None] = {}
         self.models: dict[str, Any] = {}
         self.invoked: dict[str, tuple[str, ...]] = {}
@@ -141,6 +143,11 @@ class Interpretation:
         self.reliances = 0
         self.fresh: set[str] = set()
         self.evaluate = Evaluator(self)
+
+    @property
+    def one_stage(self) -> bool:
+        """Whether no stage can begin: an undecorated trace is one forward."""
+        return self.program.kind == "block" and self.session is None
 
     def op(self, op: Op) -> Completion | None:
         """Interprets one op; a completion where control leaves the region."""

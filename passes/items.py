@@ -15,6 +15,7 @@ from nnsight_compiler.passes.facts import (
     Iteration,
     Known,
     Method,
+    OpenSession,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -62,6 +63,10 @@ class Items:
         match self.resolved(value).fact:
             case SiteModule(handle=handle) as module if not handle._path:
                 return module
+            case OpenSession():
+                self.specialiser.fail(
+                    span, f"a session has no `.{method}`", f"write `with model.{method}(…):`, on the model itself"
+                )
             case SiteModule(handle=handle):
                 self.specialiser.fail(
                     span, f"only a whole model can be traced, not its module `{handle._path}`", "trace the model itself"

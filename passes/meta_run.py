@@ -76,7 +76,7 @@ class MetaRun(MetaOps):
                 return self._with(op)
             case ops.Forward():
                 return self._forward_body(op)
-            case ops.Invoke():
+            case ops.Invoke() | ops.Session():
                 self.define(op.result, UNKNOWN)
                 how, values = self._region(op.body)
                 return (how, values) if how == "leave" else None

@@ -161,7 +161,7 @@ def _leaves(op: Op) -> bool:
     match op:
         case ops.If(then=then, orelse=orelse):
             return all(region.ops and _leaves(region.ops[-1]) for region in (then, orelse))
-        case ops.Forward(body=body) | ops.With(body=body):
+        case ops.Forward(body=body) | ops.Session(body=body) | ops.With(body=body):
             return bool(body.ops) and _leaves(body.ops[-1])
     return isinstance(op, TERMINATORS) and not isinstance(op, ops.Yield)
 

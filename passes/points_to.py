@@ -317,6 +317,9 @@ class PointsTo:
                 for argument in () if self.copies else arguments:
                     self._enter(result.name, self.reachable(argument.value))
                 self._block(body, replace(place, forward=result.name))
+            case ops.Session(result=result, body=body):
+                self._add(result, {Fresh(result.name)})
+                self._block(body, place)
             case ops.Invoke(result=result, body=body):
                 self._add(result, {Fresh(result.name)})  # the batch is a copy of what its invokes are given
                 self._block(body, place)

@@ -153,7 +153,7 @@ def check_sites(program: Program, orders: Orders) -> Program:
     A write is noticed by a read of a site after it, by a later read of its own site, or by a use of the value that was
     written in place.
     """
-    wrong: list[Diagnostic] = []
+    wrong = list(_scanned_in_part(program))
     memory = Memory.of(program, copies=True)
     wrong.extend(_written_weights(program, memory))
     for forward in forwards(program.body):
@@ -165,7 +165,7 @@ def check_sites(program: Program, orders: Orders) -> Program:
                 try:
                     places[id(op)] = place_of(op, order)
                 except CompileError as error:
-                    wrong.extend(error.diagnostics)
+                    wrong.extend(_unobserved(op, body, error))
         if wrong:
             continue
         wrong.extend(_unnoticed(program, forward, body, places, memory, order))
@@ -174,6 +174,38 @@ def check_sites(program: Program, orders: Orders) -> Program:
     if wrong:
         raise CompileError(wrong)
     return program
+
+
+def _scanned_in_part(program: Program) -> Iterator[Diagnostic]:
+    """Forwards that are scans beside others that are not: the values of the ones would be of no use to the others."""
+    runs = [op for op in forwards(program.body) if op.method != "scan"]
+    for op in forwards(program.body) if runs else ():
+        if op.method == "scan":
+            yield Diagnostic(
+                op.span,
+                "this is a scan, whose values have shapes only, and the same program runs a forward on numbers",
+                "scan in a function of its own",
+                ((runs[0].span, "the forward"),),
+            )
+
+
+def _unobserved(op: ops.Read | ops.Write | ops.Skip, body: list[Op], error: CompileError) -> Iterator[Diagnostic]:
+    """The mistake of an access to what does not run; where the body calls it, what would make its values known."""
+    assert isinstance(op.module, Module)
+    path = op.module.path
+    for call in body:
+        if not isinstance(call, ops.Call) or not isinstance(call.function, Module):
+            continue
+        called = call.function.path
+        if path == called or path.startswith(f"{called}."):
+            yield Diagnostic(
+                op.span,
+                f"`{path}` is called in the body, and no part of the model's forward: its values are not observed",
+                "write `hook=True` among the arguments of the call, and read what is inside after that line",
+                ((call.span, "it is called here"),),
+            )
+            return
+    yield from error.diagnostics
 
 
 def _written_weights(program: Program, memory: Memory) -> Iterator[Diagnostic]:

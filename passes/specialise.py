@@ -36,6 +36,7 @@ from nnsight_compiler.passes.facts import (
     Frame,
     Guard,
     Known,
+    OpenSession,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -141,7 +142,7 @@ class Specialiser(Staging):
                 unsaved[name] = part.span
             elif part.live == 1 or _may_hold_values(part.fact):
                 unsure[name] = part.span
-            hidden = part.live == 2 or part.operand is None or isinstance(part.fact, (Tracer, SiteCalls))
+            hidden = part.live == 2 or part.operand is None or isinstance(part.fact, (Tracer, OpenSession, SiteCalls))
             parts.append(Abstract(Unbound()) if hidden else part)
         return self.pack(parts)
 
@@ -202,6 +203,8 @@ class Specialiser(Staging):
                 return self.with_(op)
             case ops.Forward():
                 return self.forward_(op)
+            case ops.Session():
+                return self.session_(op)
             case ops.Yield():
                 return Completion("yield", tuple(map(self.abstract, op.values)), self.span(op))
             case ops.Break():

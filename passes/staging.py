@@ -48,7 +48,7 @@ class Staging(ControlFlow):
         if self.closures:
             raise AccessInClosure
         statement = next((op for op in reversed(self.positions) if id(op) not in self.decisions.whole), None)
-        if statement is None or id(statement) in self.decisions.stages or self.program.kind == "block":
+        if statement is None or id(statement) in self.decisions.stages or self.one_stage:
             self.not_known(value, span, what)
         if self.forward is not None and (self.made_inside(value) or self._only_repeats(statement)):
             ahead = self.moved_ahead(self.forward.op, self.forward.index)

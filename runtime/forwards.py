@@ -14,13 +14,14 @@ from typing import Literal as OneOf
 import torch
 from torch import nn
 
-from nnsight_compiler.ir.errors import RunError
+from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
 from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
 from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
+from nnsight_compiler.runtime.scanning import as_it_runs, prepared, ready
 from nnsight_compiler.runtime.skipping import Left, Skipped
 from nnsight_compiler.runtime.stopping import Later, Stopped, not_reached
 
@@ -79,12 +80,13 @@ class Forward:
         requires them.
     invokes: for each invoke that brings input, the name in the state of its share, or nothing if no site asks for it.
     axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
+    own: the paths of the modules that the body calls: where one was attached, and is trained, gradients are recorded.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("_whole", "axes", "brings", "copies", "invokes", "sites", "span", "stops")
+    __slots__ = ("_whole", "axes", "brings", "copies", "invokes", "own", "sites", "span", "stops")
 
     def __init__(
         self,
@@ -93,11 +95,12 @@ class Forward:
         copies: bool,
         brings: tuple[str, ...],
         span: Span,
+        own: frozenset[str] = frozenset(),
         invokes: tuple[str, ...] = (),
         axes: Callable[[Any, Given], SitesAxes] | None = None,
     ) -> None:
         self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
-        self.invokes, self.axes = invokes, axes
+        self.own, self.invokes, self.axes = own, invokes, axes
         self._whole: set[Any] = set()
 
     def run(
@@ -114,11 +117,11 @@ class Forward:
             RunError: a site was not reached, or more often than the plan says.
         """
         grad = kwargs.pop("grad", False)
-        root = model._ready()
+        root = ready(model)
         if invokes:
-            args, kwargs = self._batched(model, model._batch(invokes, kwargs), state)
+            args, kwargs = self._batched(model, invokes, kwargs, state)
         else:
-            args, kwargs = model._prepare(args, kwargs)
+            args, kwargs = prepared(model, args, kwargs)
         run = object()
         fired = [0] * len(self.sites)
         shapes = _shapes(args, kwargs) if self.stops else None
@@ -148,14 +151,17 @@ class Forward:
                     hook = _input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _ACTIVE.run = run
+            own = (resolve(model, path) for path in self.own & getattr(model, "_attached", set()))
+            grad = grad or any(map(_requires_grad, own))
             records = torch.is_grad_enabled() and (grad or self._records(state, args, kwargs))
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})
-            if torch.is_grad_enabled() and not records:
-                with torch.no_grad():
+            with as_it_runs():
+                if torch.is_grad_enabled() and not records:
+                    with torch.no_grad():
+                        root(*args, **kwargs)
+                else:
                     root(*args, **kwargs)
-            else:
-                root(*args, **kwargs)
         except _Stop as stop:
             if stop.run is not run:
                 raise
@@ -182,8 +188,12 @@ class Forward:
         if shapes is not None and stopped is None and all(site.calls is None for site in self.sites):
             self._whole.add(shapes)
 
-    def _batched(self, model: Runnable, batch: Batch, state: Any) -> Given:
+    def _batched(self, model: Runnable, invokes: tuple[Given, ...], options: Mapping[str, Any], state: Any) -> Given:
         """The arguments of the forward for a batch, each invoke's share of which goes into the state."""
+        try:
+            batch = model._batch(invokes, options)
+        except ModelError as error:
+            raise RunError(f"{self.span}: {error}") from None
         sizes = Sizes(batch.rows, batch.tokens)
         if self.axes is not None:
             sizes.axes = self.axes(model, (batch.args, batch.kwargs))
@@ -357,5 +367,5 @@ def _requires_grad(value: Any) -> bool:
 
 def resolve(model: Any, path: str) -> nn.Module:
     """A module of a wrapped model, with its weights: what the body calls, or takes a weight of."""
-    found: nn.Module = model._ready().get_submodule(path)
+    found: nn.Module = ready(model).get_submodule(path)
     return found

@@ -16,12 +16,15 @@ from nnsight_compiler.ir.ops import (
     AnyOp,
     Argument,
     At,
+    Call,
     Invoke,
+    Item,
     Op,
     Parameter,
     Read,
     Region,
     Save,
+    Session,
     SetItem,
     Skip,
     Stage,
@@ -32,14 +35,17 @@ from nnsight_compiler.ir.ops import Forward as ForwardOp
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
-from nnsight_compiler.ir.values import Module, Operand, Value, values_in
+from nnsight_compiler.ir.values import Module, Operand, Tuple, Value, values_in
+from nnsight_compiler.passes.inline import MODULE_CALL
 from nnsight_compiler.passes.origins import Origins
+from nnsight_compiler.runtime import observed_calls
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, Given, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.names import Names
 from nnsight_compiler.runtime.observe import Observation
 from nnsight_compiler.runtime.rows import Divided, SiteAxes, SitesAxes
+from nnsight_compiler.runtime.scanning import scanning
 from nnsight_compiler.runtime.skipping import Left, Skipped
 from nnsight_compiler.runtime.statements import Statements
 from nnsight_compiler.runtime.stopping import Later, Stopped
@@ -103,6 +109,7 @@ class _Generator(Statements):
         self.divided = False
         self.later: set[int] = set()
         self.direct: set[str] = set()
+        self.recorded: set[str] = set()
         self.in_site = False
         self.forwards: dict[int, Forward] = {}
 
@@ -118,11 +125,16 @@ class _Generator(Statements):
         origins = Origins(program)
         for op in forwards:
             copies = any(map(origins.writes_tensors, walk(op.body)))
-            brings, invokes = self._brings(op), self._invokes(op)
+            called = (each.function for each in walk(op.body) if isinstance(each, Call))
+            own = frozenset(function.path for function in called if isinstance(function, Module))
             axes = self.axes.found if id(op) in self.later else None
-            self.forwards[id(op)] = Forward(tuple(plans[id(op)]), _stops(op), copies, brings, op.span, invokes, axes)
+            self.forwards[id(op)] = Forward(
+                tuple(plans[id(op)]), _stops(op), copies, self._brings(op), op.span, own, self._invokes(op), axes
+            )
         driver = self._driver(bool(sites))
         (run,) = link(self, [driver], globals_, closure, program.span)
+        if any(op.method == "scan" for op in forwards):
+            run = scanning(run, program.span)
         source = "\n\n\n".join(map(ast.unparse, (*made, driver)))
         return Plan(program, run, source, tuple(self.forwards.values()))
 
@@ -196,7 +208,25 @@ class _Generator(Statements):
     def lower(self, op: AnyOp) -> ast.expr | list[ast.stmt]:
         if isinstance(op, SetItem) and self.in_site:
             return self._set_item(op)
+        if isinstance(op, Call) and op.target == MODULE_CALL and any(each.keyword == "hook" for each in op.arguments):
+            self.recorded.add(op.result.name)
+            made = super().lower(op)
+            assert isinstance(made, ast.Call)
+            made.args.insert(0, made.func)
+            made.func = self.constant("observed", observed_calls.observed)
+            return made
+        if isinstance(op, Item) and isinstance(op.object, Value) and op.object.name in self.recorded:
+            return self._inside(op)
         return super().lower(op)
+
+    def _inside(self, op: Item) -> ast.expr:
+        """A part of what an observed call gave: what it returned, or what stood inside."""
+        held = self.operand(op.object, op.span)
+        if not isinstance(op.index, Tuple):
+            return ast.Subscript(value=held, slice=ast.Constant(0), ctx=ast.Load())
+        record = ast.Subscript(value=held, slice=ast.Constant(1), ctx=ast.Load())
+        key = [self.operand(part, op.span) for part in op.index.parts[1:]]
+        return ast.Call(func=self.constant("inside", observed_calls.inside), args=[record, *key], keywords=[])
 
     def _set_item(self, op: SetItem) -> list[ast.stmt]:
         new = self.operand(op.value, op.span)
@@ -222,6 +252,8 @@ class _Generator(Statements):
         match op:
             case ForwardOp():
                 return self._forward(op)
+            case Session(body=body):
+                return self.block(body.ops)
             case Read(result=result, port=port):
                 self.reads[result.name] = op
                 if self.divided:

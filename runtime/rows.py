@@ -9,7 +9,7 @@ invokes assign.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
 import torch
@@ -110,12 +110,14 @@ class Withheld:
 @dataclass(slots=True)
 class _Served:
     """A leaf as an invoke was given it. `version`: of a copy, so that it shows whether it was written to since;
-    `apart`: whether the model's own cannot be written in its place, being one in memory with other rows'."""
+    `apart`: whether the model's own cannot be written in its place, being one in memory with other rows'; `common`: the
+    model's own, where all rows have it in common."""
 
     leaf: Any
     copied: bool = False
     version: int | None = None
     apart: bool = False
+    common: torch.Tensor | None = None
 
     @property
     def changed(self) -> bool:
@@ -125,12 +127,10 @@ class _Served:
 
 @dataclass(slots=True)
 class _Piece:
-    """What an invoke sees of a site. `where`: the line that assigned it."""
+    """What an invoke sees of a site, and the leaves as it was given them."""
 
     value: Any
     served: list[_Served]
-    where: str = ""
-    kept: dict[int, Any] = field(default_factory=dict)
 
 
 @final
@@ -186,6 +186,9 @@ class Divided:
             for index, (served, leaf) in enumerate(zip(piece.served, now, strict=True)):
                 if leaf is served.leaf and not served.changed:
                     continue
+                if served.common is not None:
+                    self._require_same(served)
+                    continue
                 leaves = self._leaves(self.value) if leaves is None else leaves
                 if index not in copies and (leaf is not served.leaf or served.apart):
                     leaves[index] = leaves[index].clone()
@@ -196,6 +199,15 @@ class Divided:
             self.value = leaves[0] if self.axes.plain else pytree.tree_unflatten(leaves, self.axes.structure)
         self.pieces.clear()
         return self.value
+
+    def _require_same(self, served: _Served) -> None:
+        """Refuses what an invoke wrote in place to something that is one for all rows."""
+        assert served.common is not None
+        if not torch.equal(served.leaf, served.common):
+            raise RunError(
+                f"an invoke writes in place to {self.axes.site}, which is one for all rows, and would change it for"
+                " others\n  way out: write to it outside of the invokes"
+            )
 
     # --- pieces ---
 
@@ -250,7 +262,7 @@ class Divided:
             return
         piece = self._piece(share)
         self._require_fit(piece, share, new, where)
-        piece.value, piece.where = new, where
+        piece.value = new
 
     def _require_fit(self, piece: _Piece, share: Share, new: Any, where: str) -> None:
         """Refuses what cannot be put into the rows of an invoke alone."""
@@ -290,6 +302,9 @@ def _has_rows(axes: Any) -> bool:
 def _narrowed(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> _Served:
     """The part of an invoke: a view, or a copy where no view has the shape that it has alone."""
     part, merged = _region(tensor, axes, share)
+    if not _has_rows(axes) and share.part.rows < share.sizes.rows:
+        copy = part.clone()
+        return _Served(copy, True, None if copy.is_inference() else copy._version, True, part)
     apart = any(
         tensor.stride(dim) == 0 and tensor.shape[dim] > 1 and (extent.rows or extent.rows_tokens)
         for dim, extent in enumerate(axes.shape)
@@ -336,14 +351,14 @@ def _region(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> tuple[torch
                     tensor = tensor.narrow(dim, padding, size - padding)
             case Extent(constant=0, rows=0, tokens=0, rows_tokens=times):
                 each, rest = divmod(size, rows)
-                if rest or each % times:
+                if rest:
                     raise CannotDivideError(f"a dimension of {size} is not {extent} for {rows} rows")
+                if times > 1:
+                    raise CannotDivideError(f"a dimension of it counts {extent}, in an order that is not known")
                 tensor = tensor.narrow(dim, part.start * each, part.rows * each)
-                padding = share.padding(each // times)
+                padding = share.padding(each)
                 if not padding:
                     continue
-                if times > 1:
-                    raise CannotDivideError(f"it has {extent} entries in a row, some of which are padding's")
                 if part.rows == 1:
                     tensor = tensor.narrow(dim, padding, each - padding)
                 else:

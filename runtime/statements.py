@@ -47,6 +47,7 @@ from nnsight_compiler.ir.ops import (
     Read,
     Return,
     Save,
+    Session,
     SetAttribute,
     SetGlobal,
     SetGrad,
@@ -147,8 +148,8 @@ class Statements(Control):
             case Save(result=result, value=value, copy=False):
                 return [ast.Assign(targets=[self.target(result)], value=self.operand(value, span))]
             case (
-                Forward() | Invoke() | Steps() | Read() | Write() | Skip() | Save() | Stop() | Backward() | Grad()
-                | SetGrad() | At()
+                Forward() | Session() | Invoke() | Steps() | Read() | Write() | Skip() | Save() | Stop() | Backward()
+                | Grad() | SetGrad() | At()
             ):  # fmt: skip
                 return self.model_op(op)
             case _:

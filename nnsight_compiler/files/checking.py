@@ -75,7 +75,12 @@ def _check_op(op: Op, where: str, experiment: bool) -> None:
             if target is not None:
                 refuse(where, "only the compiler says which known call a call is")
             _check_arguments(op.arguments, where)
-        case ops.Forward(arguments=arguments) | ops.Invoke(arguments=arguments) | ops.Backward(arguments=arguments):
+        case (
+            ops.Forward(arguments=arguments)
+            | ops.Session(arguments=arguments)
+            | ops.Invoke(arguments=arguments)
+            | ops.Backward(arguments=arguments)
+        ):
             _check_arguments(arguments, where)
         case ops.Closure(parameters=parameters, name=name):
             if not (_is_name(name) or name in ("<lambda>", "<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>")):

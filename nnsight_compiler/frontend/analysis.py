@@ -43,8 +43,8 @@ class StatementNames(ExpressionNames):
     # --- the program ---
 
     def block(self, node: cst.With, item: int, scope: Scope) -> None:
-        self.in_forward = True
         opened = node.items[item]
+        self.in_forward = contexts.opens_forward(contexts.kind_of(opened))
         if opened.asname is not None:
             self.target(opened.asname.name)
         self.with_items(node.items[item + 1 :], node.body)

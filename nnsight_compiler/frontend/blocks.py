@@ -1,4 +1,5 @@
-"""Undecorated blocks: `with model.trace(…):` in a script, a notebook cell, or a function."""
+"""Undecorated blocks: `with model.trace(…):`, or `with model.session():` around several traces, in a script, a notebook
+cell, or a function."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def lower_block(frame: FrameType) -> Block:
     """
     code = frame.f_code
     syntax, node, item = _with_statement(frame)
-    if kind_of(node.items[item]) not in ("trace", "generate"):
+    if kind_of(node.items[item]) not in ("trace", "generate", "scan", "session"):
         span = syntax.span(node.items[item])
         way_out = "write the call in the `with` itself: `with model.trace(…):`"
         raise CompileError([Diagnostic(span, "this context does not show which model it traces", way_out)])
@@ -142,8 +143,9 @@ def _lower(syntax: Syntax, node: cst.With, item: int, frame: Container[str], com
     given = {name: lowering.fresh(name) for name in reads}
     lowering.unsure.update(value.name for value in given.values())
     lowering.declare(analysis.root, {**given, traced: model}, span)
-    arguments = Argument(args, star="*"), Argument(kwargs, star="**")
-    lowering.model_context(kind_of(opened), model, arguments, opened, node.items[item + 1 :], node.body, span)
+    kind = kind_of(opened)
+    arguments = (Argument(args, star="*"), Argument(kwargs, star="**")) if kind != "session" else ()
+    lowering.model_context(kind, model, arguments, opened, node.items[item + 1 :], node.body, span)
     exports = analysis.exports()
     if lowering.alive:
         values = tuple(_export(lowering, analysis, number, span) for number in range(len(exports)))

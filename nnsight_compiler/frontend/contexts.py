@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal as OneOf
 
 import libcst as cst
+from libcst import matchers
 
 from nnsight_compiler.frontend.trees import dotted_name
 
-ContextKind = OneOf["trace", "generate", "invoke", "backward", "torch", "unknown"]
+ContextKind = OneOf["trace", "generate", "scan", "session", "invoke", "backward", "torch", "unknown"]
 
 
 def kind_of(item: cst.WithItem) -> ContextKind:
@@ -19,14 +20,14 @@ def kind_of(item: cst.WithItem) -> ContextKind:
             if dotted_name(function).startswith("torch."):
                 return "torch"
             match method:
-                case "trace" | "generate" | "invoke" | "backward":
+                case "trace" | "generate" | "scan" | "session" | "invoke" | "backward":
                     return method
     return "unknown"
 
 
 def opens_forward(kind: ContextKind) -> bool:
     """Whether the code in such a context takes part in a forward."""
-    return kind in ("trace", "generate", "invoke")
+    return kind in ("trace", "generate", "scan", "invoke")
 
 
 def is_true(test: cst.BaseExpression) -> bool:
@@ -40,8 +41,17 @@ def is_true(test: cst.BaseExpression) -> bool:
 
 
 def trace_item(node: cst.With) -> int | None:
-    """The number of the first item that opens a forward."""
+    """The number of the first item that opens a forward, or a session of forwards."""
     for number, item in enumerate(node.items):
-        if kind_of(item) in ("trace", "generate"):
+        kind = kind_of(item)
+        if kind in ("trace", "generate", "scan") or (kind == "session" and _holds_trace(node)):
             return number
     return None
+
+
+def _holds_trace(node: cst.With) -> bool:
+    """Whether a forward is opened in a `with`: then a `.session()` that opens it is one of ours, and no database's."""
+    return any(
+        isinstance(each, cst.WithItem) and kind_of(each) in ("trace", "generate", "scan")
+        for each in matchers.findall(node, matchers.WithItem())
+    )

@@ -219,7 +219,7 @@ class Expressions(Closures):
 
     def saves(self) -> bool:
         """Whether `.save()` is ours here."""
-        return self.in_forward or self.in_backward
+        return self.in_forward or self.in_backward or self.in_session
 
     def arguments(self, nodes: Sequence[cst.Arg]) -> tuple[Argument, ...]:
         """The arguments of a call."""

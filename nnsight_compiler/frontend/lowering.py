@@ -80,6 +80,7 @@ class Lowering(ABC):
         self.alive = True
         self.loop: LoopFrame | None = None
         self.in_forward = False
+        self.in_session = False
         self.in_backward = False
 
     @abstractmethod

@@ -27,6 +27,7 @@ from nnsight_compiler.ir.ops import (
     Raise,
     Region,
     Return,
+    Session,
     SetItem,
     Try,
     While,
@@ -287,21 +288,24 @@ class Statements(Expressions):
         body: Suite,
         span: Span,
     ) -> None:
-        """A forward, an invoke or a backward pass, whose model and arguments are evaluated already."""
+        """A forward, a session, an invoke or a backward pass, whose model and arguments are evaluated already."""
         target = None if item.asname is None else item.asname.name
         result = self.fresh(_hint(target)) if kind != "backward" else None
-        outer = self.in_forward, self.in_backward
-        self.in_forward = self.in_forward or kind != "backward"
+        outer = self.in_forward, self.in_session, self.in_backward
+        self.in_forward = self.in_forward or kind not in ("session", "backward")
+        self.in_session = self.in_session or kind == "session"
         self.in_backward = self.in_backward or kind == "backward"
         with self.builder.region() as ops:
             if target is not None and result is not None:
                 self.store(target, result)
             self.with_items(rest, body, span)
-        self.in_forward, self.in_backward = outer
+        self.in_forward, self.in_session, self.in_backward = outer
         region = Region((), tuple(ops))
         match kind, result:
-            case "trace" | "generate", Value():
+            case "trace" | "generate" | "scan", Value():
                 self.builder.emit(Forward(result, owner, kind, arguments, region, span=span))
+            case "session", Value():
+                self.builder.emit(Session(result, owner, arguments, region, span=span))
             case "invoke", Value():
                 self.builder.emit(Invoke(result, owner, arguments, region, span=span))
             case _:

@@ -4,8 +4,8 @@ Fields have roles, told by name and annotation: `result` and `results` are defin
 `Operand` (or with a structure made of operands) are used by it, `Region` fields are nested code, the rest are plain
 attributes. `nnsight_compiler.ir.traverse` works on any op through these roles.
 
-Regions of `forward`, `invoke`, `with`, `backward` and `at` run exactly once, in place: what they define is visible
-after them. Regions of `if`, `for`, `while`, `try`, `steps` and `closure` are closed: values leave them through
+Regions of `forward`, `session`, `invoke`, `with`, `backward` and `at` run exactly once, in place: what they define is
+visible after them. Regions of `if`, `for`, `while`, `try`, `steps` and `closure` are closed: values leave them through
 terminators (`yield`, `continue`, `break`) or cells.
 """
 
@@ -463,7 +463,19 @@ class Forward(Op):
     effects = Effect.MODEL
     result: Value
     model: Operand
-    method: OneOf["trace", "generate"]
+    method: OneOf["trace", "generate", "scan"]
+    arguments: tuple[Argument, ...]
+    body: Region
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Session(Op):
+    """Several forwards as one: values flow from one to the next without being saved. Its region runs once, in place."""
+
+    effects = Effect.MODEL
+    result: Value
+    model: Operand
     arguments: tuple[Argument, ...]
     body: Region
 
@@ -604,11 +616,11 @@ AnyOp = (
     Global | SetGlobal | Cell | Load | Store | Bound | Import
     | Attribute | SetAttribute | Item | SetItem | Delete | Build | Format | Unpack | Operator | Call | Closure | Stage
     | If | For | While | Try | With | Yield | Emit | Break | Continue | Return | Raise
-    | Forward | Invoke | Steps | Read | Write | Skip | Save | Stop | Backward | Grad | SetGrad | At
+    | Forward | Session | Invoke | Steps | Read | Write | Skip | Save | Stop | Backward | Grad | SetGrad | At
 )  # fmt: skip
 """Every op there is. `match` over it ends in `assert_never`."""
 
 ALL_OPS: tuple[type[Op], ...] = get_args(AnyOp)
 TERMINATORS = (Yield, Break, Continue, Return, Raise)
-TRANSPARENT = (Forward, Invoke, With, Backward, At)
+TRANSPARENT = (Forward, Session, Invoke, With, Backward, At)
 """Ops whose region runs once, in place, so that its values stay visible after it."""

@@ -252,6 +252,9 @@ class _Verifier:
             case ops.Forward(arguments=arguments, body=body):
                 self.arguments(op, arguments)
                 self.region(op, body, replace(inside, forward=True), 0)
+            case ops.Session(arguments=arguments, body=body):
+                self.arguments(op, arguments)
+                self.region(op, body, inside, 0)
             case ops.Invoke(arguments=arguments, body=body):
                 self.within(op, place.forward, "forward")
                 self.arguments(op, arguments)
@@ -351,6 +354,7 @@ def _jumps(region: Region) -> bool:
             return through and all(_jumps(handler.body) for handler in handlers)
         case (
             ops.Forward(body=body)
+            | ops.Session(body=body)
             | ops.Invoke(body=body)
             | ops.With(body=body)
             | ops.At(body=body)

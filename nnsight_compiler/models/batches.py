@@ -6,7 +6,7 @@ gives what it gives alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def _names(given: Given) -> str:
     return ", ".join(place for place, _ in places(*given)) or "nothing"
 
 
-def padded(given: Sequence[Mapping[str, Any]], padding_id: int, takes: Mapping[str, Any]) -> Batch:
+def padded(given: Sequence[Mapping[str, Any]], padding_id: int, takes: Collection[str]) -> Batch:
     """One forward's arguments for these prompts of a language model, each given as the arguments of a forward of its
     own. A mask and positions are always given where the model takes them, so that all batches are of one kind.
 
@@ -121,13 +121,13 @@ def padded(given: Sequence[Mapping[str, Any]], padding_id: int, takes: Mapping[s
     parts, start = [], 0
     for each, length in zip(whole, lengths, strict=True):
         rows = each[main].shape[0]
-        own = _own_lengths(each.get("attention_mask"))
+        own = own_lengths(each.get("attention_mask"))
         parts.append(Part(start, start + rows, longest - length, length, own))
         start += rows
     return Batch((), kwargs, tuple(parts), start, longest)
 
 
-def _with_positions(given: Mapping[str, Any], main: str, takes: Mapping[str, Any]) -> dict[str, Any]:
+def _with_positions(given: Mapping[str, Any], main: str, takes: Collection[str]) -> dict[str, Any]:
     """The arguments with a mask and positions."""
     made = dict(given)
     shape = given[main].shape[:2]
@@ -170,7 +170,7 @@ def _stacked(name: str, values: list[Any], lengths: Sequence[int], padding_id: i
     return torch.cat(made, 0)
 
 
-def _own_lengths(mask: Any) -> tuple[int, ...]:
+def own_lengths(mask: Any) -> tuple[int, ...]:
     """How many tokens each row has, where it has fewer than the rectangle."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or bool(mask.all()):
         return ()

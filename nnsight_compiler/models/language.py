@@ -15,9 +15,10 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models.aliases import Rename
-from nnsight_compiler.models.batches import padded
+from nnsight_compiler.models.batches import own_lengths, padded
 from nnsight_compiler.models.checkpoint import Checkpoint, locate
 from nnsight_compiler.models.nnsight import NNsight
+from nnsight_compiler.models.padding import padding_position, require_padding_harmless
 from nnsight_compiler.models.positions import Position, PositionError, find, of_ids, of_text
 from nnsight_compiler.models.prompts import PromptError, encode
 from nnsight_compiler.passes.rows import Batch
@@ -143,8 +144,9 @@ class LanguageModel(NNsight):
         if args and "input_ids" in kwargs:
             raise PromptError("the prompt is given twice: by position and as `input_ids=`")
         if prompt is not None:
-            takes = self._forward_parameters()
-            encoded = encode(prompt, lambda: self.tokenizer, self._padding_id(), takes)
+            encoded = encode(prompt, lambda: self.tokenizer, self._padding_id(), self._takes())
+            if isinstance(prompt, list) and "attention_mask" in encoded and not encoded["attention_mask"].all():
+                require_padding_harmless(self, self._padding_id())
             kwargs = {**encoded, **{name: value for name, value in kwargs.items() if name != "input_ids"}}
         device = _input_device(self._wrapped)
         if device is not None:
@@ -156,8 +158,21 @@ class LanguageModel(NNsight):
         prepared = [self._prepare(*each)[1] for each in given]
         if not all({"input_ids", "inputs_embeds"} & each.keys() for each in prepared):
             raise PromptError("each invoke is given a prompt: text, token ids, or embeddings as `inputs_embeds=`")
-        batch = padded(prepared, self._padding_id(), self._forward_parameters())
+        batch = padded(prepared, self._padding_id(), self._takes())
+        if any(part.padding or part.lengths for part in batch.parts):
+            require_padding_harmless(self, self._padding_id())
         return replace(batch, kwargs={**plain, **batch.kwargs})
+
+    def _lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        prompt = args[0] if args else kwargs.get("input_ids")
+        if not isinstance(prompt, list):
+            return ()
+        return own_lengths(self._prepare((prompt,), {})[1].get("attention_mask"))
+
+    def _takes(self) -> frozenset[str]:
+        """The parameters of the model's forward that a prompt may be given by."""
+        named = frozenset(self._forward_parameters())
+        return named if padding_position(self._wrapped) is None else named - {"position_ids"}
 
     def _needs_input(self) -> bool:
         return True
@@ -167,6 +182,9 @@ class LanguageModel(NNsight):
 
     def _padding_id(self) -> int:
         """The padding token, else the end of text: what it is makes no difference, since the mask hides it."""
+        looked_for = padding_position(self._wrapped)
+        if looked_for is not None:
+            return looked_for
         config = getattr(self._wrapped, "config", None)
         for holder in (self._given_tokenizer, config):
             for name in ("pad_token_id", "eos_token_id"):

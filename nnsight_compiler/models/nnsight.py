@@ -60,6 +60,12 @@ class NNsight(ModuleView):
         self._wrapped = module
         self._token = next(_tokens)
         self._aliases = bind(module, rename or {}, type(self))
+        self._attached: set[str] = set()
+
+    def _attach(self, path: str, gone: bool = False) -> None:
+        """Notes a module that was attached or taken away: what was compiled for this model before is compiled anew."""
+        (self._attached.discard if gone else self._attached.add)(path)
+        self._token = next(_tokens)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name.startswith("_"):
@@ -73,6 +79,26 @@ class NNsight(ModuleView):
         from nnsight_compiler.block import Trace  # it is built on this module
 
         return Trace(self, "trace", args, kwargs)
+
+    def scan(self, *args: Any, **kwargs: Any) -> Trace:
+        """The same on tensors without data: `with model.scan(inputs):` checks shapes, dtypes, names and indices. No
+        weights are loaded, and what is saved has a shape, a dtype and a device."""
+        self._check_arguments("scan", kwargs.keys())
+        from nnsight_compiler.block import Trace  # it is built on this module
+
+        return Trace(self, "scan", args, kwargs)
+
+    def session(self, *args: Any, **kwargs: Any) -> Trace:
+        """Several traces as one program: `with model.session():` and traces inside it, whose values flow from one to
+        the next without being saved."""
+        if args or kwargs:
+            named = ", ".join((*map(repr, args), *kwargs))
+            raise TraceArgumentError(
+                f"`.session()` takes no arguments ({named}): its traces run in this process, one after the other"
+            )
+        from nnsight_compiler.block import Trace  # it is built on this module
+
+        return Trace(self, "session", (), {})
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: this version runs experiments on single forwards."""
@@ -90,11 +116,13 @@ class NNsight(ModuleView):
         wrong = sorted(GENERATION_ARGUMENTS & set(names) - self._forward_parameters().keys())
         if wrong:
             raise TraceArgumentError(
-                f"`trace` runs one forward and takes no {', '.join(wrong)}: these are arguments of `generate`"
+                f"`{method}` runs one forward and takes no {', '.join(wrong)}: these are arguments of `generate`"
             )
         elsewhere = sorted(REMOTE_ARGUMENTS & set(names))
         if elsewhere:
-            raise TraceArgumentError(f"`trace` takes no {', '.join(elsewhere)}: experiments run in this process only")
+            raise TraceArgumentError(
+                f"`{method}` takes no {', '.join(elsewhere)}: experiments run in this process only"
+            )
         known = self._keywords()
         wrong = [] if known is None else sorted(set(names) - known)
         if known is not None and wrong:
@@ -150,6 +178,10 @@ class NNsight(ModuleView):
 
         plain = {name: value for name, value in options.items() if name != "grad"}
         return concatenated(self._wrapped, [self._prepare(*each) for each in given], plain)
+
+    def _lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """How many tokens each of several prompts has, if they are a rectangle because the model's wrapper made it."""
+        return ()
 
     def _needs_input(self) -> bool:
         """Whether a forward of the model is nothing without an input."""

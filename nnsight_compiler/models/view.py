@@ -77,10 +77,21 @@ class ModuleView:
         return resolve(self._root, self._path, name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        _refuse_assignment(self, name)
+        """Attaches a module of the user's under a name that is free; anything else is refused."""
+        path, module = _join(self._path, name), self._module
+        free = path in self._root._attached or not (name in INSIDE_A_TRACE or hasattr(module, name))
+        if not isinstance(value, nn.Module) or not free:
+            _refuse_assignment(self, name)
+        module.add_module(name, value)
+        self._root._attach(path)
 
     def __delattr__(self, name: str) -> None:
-        _refuse_assignment(self, name)
+        """Takes away a module that was attached; anything else is refused."""
+        path = _join(self._path, name)
+        if path not in self._root._attached:
+            _refuse_assignment(self, name)
+        delattr(self._module, name)
+        self._root._attach(path, gone=True)
 
     def __getitem__(self, index: Any) -> Any:
         module = self._module
@@ -332,7 +343,8 @@ def _given_names(root: NNsight, path: str) -> list[str]:
 def _refuse_assignment(view: ModuleView, name: str) -> NoReturn:
     raise OutsideTraceError(
         f"`.{name}` of {describe(view)} cannot be set or deleted through a view: write to `.output` or `.input` inside"
-        " `with model.trace(…)`, or change the torch module that was wrapped"
+        " `with model.trace(…)`, attach a module of your own under a name that is free, or change the torch module that"
+        " was wrapped"
     )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnsight_compiler import LanguageModel
+
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
@@ -70,3 +72,27 @@ def test_ablating_a_unit_that_is_silent_moves_nothing(run) -> None:
     assert len(moved) == 8
     assert all((change == 0) == (unit == 0) for change, unit in zip(moved, hidden.tolist(), strict=True))
     assert any(moved)
+
+
+def test_patching_in_one_forward_gives_what_one_forward_for_each_gives(run) -> None:
+    lines = run("invokes.py")
+    model = LanguageModel("tiny")
+    texts = ("The Eiffel Tower is in the city of", "The Space Needle is in the beautiful city of")
+    clean, corrupt = (model.tokenizer([text], return_tensors="pt")["input_ids"] for text in texts)
+    module = model._ready()
+    assert len(lines) == len(module.transformer.h)
+    for block, line in zip(module.transformer.h, lines, strict=True):
+        kept = []
+        handle = block.register_forward_hook(lambda _, args, output, kept=kept: kept.append(output.clone()))
+        with torch.no_grad():
+            module(input_ids=clean)
+            handle.remove()
+            handle = block.register_forward_hook(
+                lambda _, args, output, kept=kept: output.index_copy(
+                    1, torch.tensor([-1]) % output.shape[1], kept[0][:, -1:]
+                )
+            )
+            chances = module(input_ids=corrupt).logits[0, -1].softmax(-1)
+            handle.remove()
+        assert repr(model.tokenizer.decode(chances.argmax())) in line
+        assert float(line.split()[-1]) == pytest.approx(float(chances.max()), abs=0.006)

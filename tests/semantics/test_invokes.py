@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from nnsight_compiler import CompileError, LanguageModel, NNsight, intervene
-from nnsight_compiler.ir.errors import ExperimentError, ModelError, RunError
+from nnsight_compiler.ir.errors import ExperimentError, RunError
 
 LONG, SHORT, OTHER = "The Eiffel Tower is in the city of", "Hello there", "A cat sat on the"
 
@@ -271,6 +273,24 @@ def test_it_may_not_be_assigned_for_one_invoke() -> None:
     assert re.search(r"test_invokes\.py:\d+:\d+", str(caught.value))
 
 
+def test_nor_written_in_place() -> None:
+    net = NNsight(Table())
+
+    @intervene
+    def written(model: Any, x: torch.Tensor) -> Any:
+        with model.trace() as tracer:
+            with tracer.invoke(x):
+                model.table.output[0] = 5
+                out = model.output
+            with tracer.invoke(x):
+                pass
+        return out
+
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode(), pytest.raises(RunError, match="an invoke writes in place to `table` output, which is one for all"):
+            written(net, torch.ones(1, 3))
+
+
 def test_a_value_of_other_rows_is_refused_with_its_line() -> None:
     net = NNsight(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
 
@@ -375,7 +395,7 @@ def test_an_input_that_cannot_be_joined_at_a_later_call(tiny: LanguageModel) -> 
     for pair in ((one, three), (three, one)):
         for x, found in zip(pair, both(net, *pair), strict=True):
             torch.testing.assert_close(found, net._module(x).detach())
-    with pytest.raises(ModelError, match=r"`0` of invoke 1 is float64 of shape \[1, 4\]"):
+    with pytest.raises(RunError, match=r"test_invokes\.py:\d+:\d+: `0` of invoke 1 is float64 of shape \[1, 4\]"):
         both(net, one, one.double())
 
 
@@ -385,3 +405,53 @@ def test_it_is_the_same_undecorated_in_one_line(tiny: LanguageModel) -> None:
     torch.testing.assert_close(hidden, alone(tiny, SHORT, "transformer.h.1")[0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ExperimentError, match="this forward is given no input"), tiny.trace():
         tiny.output.save()
+
+
+PADDED = [
+    ("with model.trace([long, short]):\n  out = model.layers[0].output[:, 0]", 2),
+    ("with model.trace([long, short]):\n  out = model.layers[0].output[1, position]", 2),
+    ("with model.trace([long, short]):\n  model.layers[0].output[1, 2] = 0\n  out = model.output", 2),
+    (
+        "with model.trace() as tracer:\n  with tracer.invoke([short, long]):\n    out = model.layers[0].output[:, 1]\n"
+        "  with tracer.invoke(long): pass",
+        3,
+    ),
+    ("with model.trace() as tracer:\n  with tracer.invoke([short, long]):\n    out = model.layers[0].output[:, 1]", 3),
+]
+
+
+@pytest.mark.parametrize(("body", "line"), PADDED)
+def test_a_constant_position_on_padding(tiny: LanguageModel, body: str, line: int) -> None:
+    lines = "\n".join(f"    {each}" for each in body.splitlines())
+    text = f"def use(model, long, short, position):\n{lines}\n    return out\n"
+    with pytest.raises(CompileError, match=r"is padding in prompt [01], which has 4 tokens") as caught:
+        intervene.from_source(text)(tiny, LONG, SHORT, 3)
+    assert caught.value.diagnostics[0].span.line == line + 1
+    assert "`with tracer.invoke(prompt):`" in caught.value.diagnostics[0].way_out
+
+
+@pytest.mark.parametrize("index", ["[0, 0]", "[:, -1]", "[:, -4]", "[1, 4]", "[:, position]", "[0:1, 2]"])
+def test_positions_that_are_not(tiny: LanguageModel, index: str) -> None:
+    body = f"    with model.trace([long, short]):\n        out = model.layers[0].output{index}\n"
+    text = f"def use(model, long, short, position):\n{body}    return out\n"
+    assert intervene.from_source(text)(tiny, LONG, SHORT, 5).isfinite().all()
+
+
+# --- the page ---
+
+PAGE = (Path(__file__).parents[2] / "docs" / "invokes.md").read_text(encoding="utf-8")
+(PRELUDE,) = re.findall(r"^```python prelude\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(("code", "error"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_examples_of_the_page_do_what_it_says(code: str, error: str, tmp_path: Path) -> None:
+    assert len(EXAMPLES) == PAGE.count("```python\n")
+    path = tmp_path / "example.py"
+    path.write_text(PRELUDE + code, encoding="utf-8")
+    if not error:
+        runpy.run_path(str(path))
+        return
+    with pytest.raises(ExperimentError, match=re.escape(error)) as caught:
+        runpy.run_path(str(path))
+    assert f"{path}:" in str(caught.value)
