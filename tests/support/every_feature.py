@@ -478,7 +478,7 @@ FEATURES = [
     Feature("stage", a_stage, lambda module, x: outputs(module, x, "layers.1")[0]),
     Feature("stop", stop, lambda module, x: outputs(module, x, "layers.1")[0]),
     Feature("skip", skip, skipped),
-    Feature("session", session, from_the_first, awaited="sessions"),
+    Feature("session", session, from_the_first),
     Feature("cache", cache, lambda module, x: outputs(module, x, "layers.1")[0], awaited="tracer.cache"),
     Feature("edit", edit, head("layers.1", lambda output: output * 2), runs=100, awaited="edits"),
     Feature("read_gradients", read_gradients, gradient_of_the_sum, gradients=True, awaited="gradients in a trace"),
