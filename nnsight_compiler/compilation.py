@@ -25,16 +25,19 @@ from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
 from nnsight_compiler.passes.facts import Guard
+from nnsight_compiler.passes.fill_caches import fill_caches
 from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.record_gradients import record_gradients
 from nnsight_compiler.passes.rows import check_rows
 from nnsight_compiler.passes.shapes import Extent, Surroundings
 from nnsight_compiler.passes.sites import check_sites, forwards, operations
 from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.passes.streams import Stream
+from nnsight_compiler.runtime.functions import generate_function
 from nnsight_compiler.runtime.observe import Observation, observe, registered
 from nnsight_compiler.runtime.operations import alike
 from nnsight_compiler.runtime.plans import Axes, Plan, plan
@@ -47,12 +50,14 @@ if TYPE_CHECKING:
 
 PASSES = (
     "specialise",
+    "fill_caches",
     "infer",
     "check_sites",
     "check_skips",
     "check_unused_values",
     "eliminate_dead_saves",
     "eliminate_common_subexpressions",
+    "record_gradients",
     "place",
     "copy_on_save",
 )
@@ -184,7 +189,7 @@ def lower_program(
         return observed(model, inputs, sized)
 
     streams = partial(_stream, checked=checker is not None)
-    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, streams, ordered)
+    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, streams, ordered, generate_function)
 
     def specialised(source: Program) -> Program:
         result.append((specialise if checker is None else checker.specialise)(source, subject))
@@ -234,6 +239,9 @@ def lower_program(
         name = forward.result.name
         return why_undivided(result[0].models[name], example_of(result[0], name), op)
 
+    def modules(forward: ops.Forward) -> dict[str, torch.nn.Module]:
+        return dict(result[0].models[forward.result.name]._module.named_modules())
+
     def inferred(source: Program) -> Program:
         try:
             return infer(source, surroundings, extent)
@@ -246,12 +254,14 @@ def lower_program(
 
     steps: tuple[Callable[[Program], Program], ...] = (
         specialised,
+        lambda source: fill_caches(source, order, modules),
         inferred,
         lambda source: check_padding(check_rows(check_sites(source, order), undivided), lengths, arguments),
         lambda source: check_skips(source, order),
         check_unused_values,
         dead,
         eliminate_common_subexpressions,
+        lambda source: record_gradients(source, order),
         lambda source: place(source, order),
         copy_on_save,
     )

@@ -15,6 +15,7 @@ import torch
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.values import NONE, Module, Operand, Value
+from nnsight_compiler.passes import caching, differentiation
 from nnsight_compiler.passes.behaviour import KnownCall
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -24,10 +25,12 @@ from nnsight_compiler.passes.facts import (
     Iteration,
     Known,
     Method,
+    Recording,
     SiteCalls,
     SiteModule,
     Tracer,
     constant,
+    holds_values,
     immutable,
 )
 from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
@@ -89,6 +92,11 @@ class Calls(Inlining):
             return transparent
         if isinstance(value, torch.nn.Module):
             return self._kept(op, function, arguments, MODULE_CALL)
+        if value is torch.autograd.grad:
+            found = differentiation.gradients(self.specialiser, op, arguments)
+            if found is not None:
+                self.specialiser.guards.rely_on_identity(function.fact)
+                return found
         known = known_function(value)
         if known is not None and known.target.startswith(METHODS):
             # The receiver is the first argument only where the method is spelled with its class.
@@ -272,6 +280,10 @@ class Calls(Inlining):
                 fail(op.span, "`.invoke(…)` without `with` runs nothing", "write `with tracer.invoke(…):`")
             case Tracer(forward=forward) if name == "stop":
                 return self.stop(op, forward, arguments)
+            case Tracer(forward=forward) if name == "cache":
+                return caching.cache(self.specialiser, op, forward, arguments)
+            case Recording() if name == "save":
+                return receiver
             case Tracer():
                 fail(op.span, f"`.{name}` of a tracer is not run by this version yet")
             case Known(value=value) if isinstance(value, torch.Tensor):
@@ -287,6 +299,8 @@ class Calls(Inlining):
                 return self._kept(op, function, arguments, None)
             case Elements() as container:
                 return self._of_container(op, function, container, name, arguments)
+        if name == "backward" and receiver.live and not self.specialiser.closures:
+            return differentiation.backward_call(self.specialiser, op, receiver)
         if name == "save" and not arguments and receiver.live:
             return self.save(op, receiver)
         known = known_method(name)
@@ -362,6 +376,8 @@ class Calls(Inlining):
                 items.append(item)
                 if item.operand is None:
                     return Abstract(NONE, Known(None))
+            case "append", [item]:
+                container.held |= bool(item.live) or holds_values(item.fact)
             case "extend", [Abstract(fact=Elements(items=list() as more))] if items is not None:
                 items.extend(more)
             case "items", [] if container.kind == "dict" and items is not None:
@@ -384,6 +400,8 @@ class Calls(Inlining):
     def save(self, op: ops.Save | ops.Call, value: Abstract) -> Abstract:
         span = self.specialiser.span(op)
         match value.fact:
+            case Recording():
+                return value
             case SiteModule() | SiteCalls() | Tracer() | Function():
                 self.specialiser.fail(span, "only values can be saved, not modules", "save its `.output`")
             case Elements(kind="tuple", items=list() as items):

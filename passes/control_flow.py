@@ -24,6 +24,7 @@ from nnsight_compiler.passes.facts import (
     OpenSession,
     SiteModule,
     Tracer,
+    holds_values,
 )
 from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Forwarding, Interpretation
 from nnsight_compiler.passes.invokes import brings_input, settle
@@ -166,7 +167,8 @@ class ControlFlow(Interpretation):
         loops = frozenset({id(op)})
         held: list[Abstract] = []
         if iterable is not None:
-            held.append(Abstract(None, None, loops | iterable.loops, iterable.live, iterable.span))
+            live = max(iterable.live, 1 if holds_values(iterable.fact) else 0)
+            held.append(Abstract(None, None, loops | iterable.loops, live, iterable.span))
         for value in carried:
             if isinstance(value.fact, Elements):
                 value.fact.forget(loops)
@@ -436,4 +438,4 @@ def emits(region: Region) -> bool:
 
 
 def _touches_model(region: Region) -> bool:
-    return any(isinstance(op, (ops.Read, ops.Write, ops.Save)) for op in walk(region))
+    return any(isinstance(op, (ops.Read, ops.Write, ops.Save, ops.Backward)) for op in walk(region))

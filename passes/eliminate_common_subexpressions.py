@@ -93,6 +93,8 @@ class _Elimination:
                 return self.memory.reachable(value)
             case ops.Operator(operator="is" | "is not", operands=parts) if NONE not in parts:
                 return self.all_reachable(parts)
+            case ops.Grad(value=value) | ops.SetGrad(value=value) | ops.Gradients(inputs=value):
+                return self.memory.reachable(value)  # each of two equal values has a gradient of its own
             case ops.Call(target="builtins.id"):
                 return self.all_reachable(argument.value for argument in op.arguments)
             case _:

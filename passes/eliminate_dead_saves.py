@@ -219,7 +219,7 @@ class _Elimination:
         match op:
             case ops.Store(cell=cell):
                 return not isinstance(self.memory.origins.definition(cell), ops.Cell)  # a stage is given its cells
-            case ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad() | ops.Save():
+            case ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad() | ops.Save() | ops.Cache():
                 return False
             case (
                 ops.Stage()
@@ -233,6 +233,8 @@ class _Elimination:
                 | ops.Yield()
             ):
                 return False
+            case ops.Gradients() | ops.Require() | ops.Track() | ops.AtGradient():
+                return True
             case ops.Bound(value=value) if isinstance(value, Unbound) or isinstance(
                 self.memory.origins.definition(value), ops.Global
             ):
@@ -266,6 +268,8 @@ class _Elimination:
                 known = self.memory.origins.known(call) if isinstance(call, ops.Call) else None
                 return known is None or known.behaviour is not Behaviour.PURE
             case ops.SetGlobal() | ops.Import() | ops.SetAttribute() | ops.SetItem() | ops.Delete() | ops.While():
+                return True
+            case ops.Record():
                 return True
             case ops.Emit() | ops.Return() | ops.Raise() | ops.Write() | ops.Skip() | ops.Backward() | ops.SetGrad():
                 return True
@@ -316,7 +320,7 @@ class _Elimination:
 
     def makes_vessel(self, op: Op) -> bool:
         match op:
-            case ops.Build(kind="list" | "dict" | "set"):
+            case ops.Build(kind="list" | "dict" | "set") | ops.Cache():
                 return True
             case ops.Call(target=target, arguments=()):
                 return target in VESSELS
@@ -332,6 +336,8 @@ class _Elimination:
             match use.op:
                 case ops.Save():
                     inner = self.filling(use, dictionary)
+                case ops.Record():
+                    inner = {use}
                 case ops.SetItem(object=base, index=Literal(), value=stored):
                     inner = {use} if dictionary and base == value and stored != value else None
                 case ops.Attribute(result=method):

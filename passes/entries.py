@@ -129,12 +129,13 @@ class Body:
                     )
                 ]
             )
-        moved: list[ops.Read] = []
+        moved: list[Op] = []
 
         def without(region: Region) -> Region:
             kept = []
             for inner in region.ops:
-                if isinstance(inner, ops.Read) and place_of(inner, self.order) not in sites:
+                hoists = isinstance(inner, ops.Read) and place_of(inner, self.order) not in sites
+                if hoists or (isinstance(inner, ops.Require) and any(inner.value in defined(each) for each in moved)):
                     moved.append(inner)
                 else:
                     kept.append(rewrite(inner, region=without))
@@ -214,6 +215,9 @@ class Body:
         writes = {_key(root) for root in self.memory.writes(op) - elsewhere if not isinstance(root, Site)}
         for inner in (op, *(each for part in regions(op) for each in walk(part))):
             match inner:
+                case ops.Record(cache=cache):  # which of two records comes first makes no difference
+                    filled = set(map(_key, self.memory.roots(cache)))
+                    reads, writes = reads - filled, writes - filled
                 case ops.Call():
                     known = self.memory.origins.known(inner)
                     host = known is None and not isinstance(inner.function, Module)

@@ -20,6 +20,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Literal, Module, Value
 from nnsight_compiler.passes.apply import Calls
+from nnsight_compiler.passes.differentiation import outside_of_backward
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
@@ -28,6 +29,7 @@ from nnsight_compiler.passes.facts import (
     Known,
     Method,
     OpenSession,
+    Recording,
     SiteCalls,
     SiteModule,
     Tracer,
@@ -150,6 +152,8 @@ class Evaluator(Items):
         return Known(value, text, None if parent is None else parent.anchor)
 
     def attribute(self, op: ops.Attribute | ops.Read, base: Abstract, name: str) -> Abstract:
+        if isinstance(base.fact, Recording) and name == "save":
+            return Abstract(None, Method(base, name), span=op.span)
         self.resolved(base)
         match base.fact:
             case SiteModule():
@@ -194,6 +198,8 @@ class Evaluator(Items):
         if base.operand is None and not isinstance(base.fact, Elements):
             return Abstract(None, Method(base, name), base.loops, base.live, op.span)
         self._perhaps_a_module(base, name, op.span)
+        if name == "grad" and base.live:
+            outside_of_backward(self.specialiser, op.span)
         kept = self._keep_attribute(op, base, name)
         if name in PLAIN_ATTRIBUTES:
             kept.live = 0
@@ -349,6 +355,8 @@ class Evaluator(Items):
             case Elements():
                 base.fact.forget()
         self._perhaps_a_module(base, name, span)
+        if name == "grad" and base.live:
+            outside_of_backward(self.specialiser, op.span, written=True)
         self.specialiser.change(base)
         self.specialiser.emit(
             ops.SetAttribute(self.specialiser.use(base), name, self.specialiser.use(value), span=span)

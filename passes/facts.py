@@ -101,11 +101,18 @@ class OpenSession:
     """What `with model.session() as session` binds."""
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What `tracer.cache(…)` gives: filled while the forward runs, and read after it."""
+
+    forward: Value
+
+
 @dataclass(slots=True)
 class Elements:
     """A container that the program itself made, element by element known. `items` becomes `None` when it is no longer
     followed; `loops` are then the loops whose unrolling would keep it known, and `at_run` tells whether it held values
-    that only a run gives. `saved`: whether the user said `.save()`."""
+    that only a run gives, `held` whether these were of the model. `saved`: whether the user said `.save()`."""
 
     kind: OneOf["tuple", "list", "dict"]
     items: list[Abstract] | None
@@ -113,6 +120,12 @@ class Elements:
     loops: frozenset[int] = NO_LOOPS
     at_run: bool = False
     saved: bool = False
+    held: bool = False
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether it holds, or may hold, values of the model."""
+        return self.held or any(item.live or holds_values(item.fact) for item in self.items or ())
 
     @property
     def mutable(self) -> bool:
@@ -123,13 +136,23 @@ class Elements:
         if self.items is None:
             self.loops |= loops
             return
-        items = self.items
+        items, self.held = self.items, self.holds_values
         self.at_run = any(item.at_run for item in items)
         if self.mutable:
             self.items, self.loops = None, self.loops | loops
         for item in items:
             if isinstance(item.fact, Elements):
                 item.fact.forget(loops)
+
+
+def holds_values(fact: Fact) -> bool:
+    """Whether what is iterated holds, or may hold, values of the model."""
+    match fact:
+        case Elements():
+            return fact.holds_values
+        case Iteration(bases=bases):
+            return any(base.live or holds_values(base.fact) for base in bases)
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +182,9 @@ class Iteration:
     start: int = 0
 
 
-Fact = Known | SiteModule | SiteCalls | Tracer | OpenSession | Elements | Method | Function | Iteration | None
+Fact = (
+    Known | SiteModule | SiteCalls | Tracer | OpenSession | Recording | Elements | Method | Function | Iteration | None
+)
 
 
 @dataclass(slots=True)

@@ -54,6 +54,7 @@ class Subject:
     unbound: what an empty cell holds.
     streams: says at which site a value of a block's residual stream stands.
     order: in which order a wrapped model runs its modules on these inputs (`None`: not known before the run).
+    function: makes a Python function of a program that runs no model, as `runtime.functions.generate_function` does.
     """
 
     arguments: Mapping[str, Any]
@@ -64,6 +65,7 @@ class Subject:
     unbound: object = None
     streams: Streams = no_streams
     order: Callable[[Any, Inputs | None], Order] | None = None
+    function: Callable[..., FunctionType] | None = None
 
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

@@ -8,6 +8,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.values import Literal, Module, Slice, Value
+from nnsight_compiler.passes import caching
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
@@ -16,10 +17,12 @@ from nnsight_compiler.passes.facts import (
     Known,
     Method,
     OpenSession,
+    Recording,
     SiteCalls,
     SiteModule,
     Tracer,
     constant,
+    holds_values,
     immutable,
     is_handle,
 )
@@ -50,6 +53,8 @@ class Items:
             if handle._path:
                 self.specialiser.guards.add(f"{text}._path", "value", handle._path)
             value.fact = SiteModule(handle, value.operand, text)
+        elif isinstance(value.fact, Recording):
+            caching.refuse_use(self.specialiser, value)
         return value
 
     def module(self, model: Abstract, path: str) -> Abstract:
@@ -126,7 +131,7 @@ class Items:
                 found = self._element(op, base.fact, items, index)
                 if found is not None:
                     return found
-        kept = self._kept(op, live=max(base.live, index.live))
+        kept = self._kept(op, live=max(base.live, index.live, 1 if holds_values(base.fact) else 0))
         match base.fact, index.fact:
             case Known(value=tuple() | list() | dict() as held), _ if not self._unchanged(held):
                 kept.at_run = True

@@ -195,6 +195,10 @@ class Memory:
                 return NOTHING
             case ops.Yield() | ops.Continue() | ops.Break() | ops.Emit():
                 return NOTHING
+            case ops.Require():
+                return NOTHING
+            case ops.Track(value=value):
+                return frozenset(root for root in self.roots(value) if isinstance(root, (Site, Fresh)))
             case ops.Call():
                 known = self.origins.known(op)
                 arguments = NOTHING.union(*(self.reachable(argument.value) for argument in self.origins.arguments(op)))
@@ -222,6 +226,10 @@ class Memory:
                 return self._points_to.spread(self.roots(parts[0]))
             case ops.Write() | ops.Skip():
                 return self._points_to.sites(op)
+            case ops.Cache(result=made):
+                return frozenset({Fresh(made.name)})
+            case ops.Record(cache=cache):
+                return self.roots(cache)
             case ops.SetGrad():
                 return frozenset({Gradient("")})
             case ops.Backward():

@@ -87,6 +87,11 @@ class MetaOps(MetaValues):
                 self._write(op)
             case ops.Skip():
                 self._skip(op)
+            case ops.Grad():
+                held = self.value(op.value)
+                self.define(op.result, copied(held) if isinstance(held, torch.Tensor) else UNKNOWN)
+            case ops.SetGrad():
+                self._set_grad(op)
             case ops.Delete() | ops.SetAttribute():
                 self.lose_containers(self.value(op.object))
             case ops.SetGlobal():
@@ -259,6 +264,13 @@ class MetaOps(MetaValues):
         if not isinstance(held, torch.Tensor) and not same(held, new):
             self.open_sites(site[0])
         self.sites[site] = copied(held)
+
+    def _set_grad(self, op: ops.SetGrad) -> None:
+        held, new = self.value(op.value), self.value(op.gradient)
+        if isinstance(held, torch.Tensor) and new is not UNKNOWN and not isinstance(new, Method) and not self.blind:
+            wrong = misfit(held, new if new is not INTEGER else 0)
+            if wrong is not None:
+                self.report(op, Mistake(*wrong))
 
     def open_sites(self, forward: str) -> None:
         """What the sites of a forward hold may be anything from now on."""

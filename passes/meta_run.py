@@ -80,6 +80,9 @@ class MetaRun(MetaOps):
                 self.define(op.result, UNKNOWN)
                 how, values = self._region(op.body)
                 return (how, values) if how == "leave" else None
+            case ops.Backward():
+                how, values = self._region(op.body)
+                return (how, values) if how == "leave" else None
             case ops.Closure():
                 self._closure(op)
             case _:

@@ -104,6 +104,8 @@ class Origins:
                 # What stands at a site is the model's; the types of other values may rest on arguments of one call.
                 if isinstance(result.type, TensorType):
                     self._tensors.add(result.name)
+            case ops.Gradients(result=result):
+                self._from_model.add(result.name)
             case ops.Closure(result=result):
                 self.closures[Fresh(result.name)] = op
             case ops.Item(result=result, object=base, index=index):

@@ -24,6 +24,8 @@ class Outliving(Schedule):
 
     def _copy(self) -> None:
         for entry in list(self.entries):
+            if isinstance(entry.op, (ops.Require, ops.Track)):
+                continue  # a copy has another gradient
             for value in dict.fromkeys(self._uses(entry)):
                 if not self._live(value):
                     continue

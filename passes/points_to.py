@@ -337,9 +337,15 @@ class PointsTo:
                 self._add(result, {Gradient(result.name)})
             case ops.SetGrad(gradient=gradient):
                 self._hold({Gradient("")}, self.reachable(gradient))
-            case ops.At(body=body):
+            case ops.At(body=body) | ops.AtGradient(body=body):
                 self._block(body, place)
-            case ops.Format() | ops.Delete() | ops.Raise() | ops.Stop():
+            case ops.Gradients(result=result):
+                self._add(result, {Fresh(result.name)})
+            case ops.Cache(result=result):
+                self._add(result, {Fresh(result.name)})  # what is recorded are copies
+            case (
+                ops.Record() | ops.Format() | ops.Delete() | ops.Raise() | ops.Stop() | ops.Require() | ops.Track()
+            ):  # fmt: skip
                 pass
             case _:
                 assert_never(op)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal as OneOf
 from typing import Protocol
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
-from nnsight_compiler.ir.ops import Op, Region
+from nnsight_compiler.ir.ops import Op, Port, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, used, walk
@@ -38,6 +38,12 @@ class Order(Protocol):
 
     def why_not(self, path: str) -> tuple[str, str] | None:
         """Why an operation cannot be addressed, and the way out; `None` where it only does not run."""
+
+    def beginnings(
+        self, path: str, port: OneOf["output", "input"], call: int, first: bool
+    ) -> Sequence[tuple[str, Port, int, int]]:
+        """Where the tensors at an event (at an input, those of the `first` argument alone) stood first, and what the
+        module that made them was given: path, port, call, and the number of the tensor in what stands there."""
 
 
 Orders = Callable[[ops.Forward], Order]

@@ -28,6 +28,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Unbound, Value
+from nnsight_compiler.passes import differentiation
 from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -41,7 +42,7 @@ from nnsight_compiler.passes.facts import (
     SiteModule,
     Tracer,
 )
-from nnsight_compiler.passes.interpretation import Completion, Subject
+from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Subject
 from nnsight_compiler.passes.invokes import interpret_invoke
 from nnsight_compiler.passes.rows import Part
 from nnsight_compiler.passes.sites import Order
@@ -205,6 +206,14 @@ class Specialiser(Staging):
                 return self.forward_(op)
             case ops.Session():
                 return self.session_(op)
+            case ops.Backward():
+                if self.closures:
+                    raise AccessInClosure
+                return differentiation.backward(self, op)
+            case ops.Grad():
+                self.scope[op.result] = differentiation.grad(self, op)
+            case ops.SetGrad():
+                differentiation.set_grad(self, op)
             case ops.Yield():
                 return Completion("yield", tuple(map(self.abstract, op.values)), self.span(op))
             case ops.Break():
@@ -229,7 +238,7 @@ class Specialiser(Staging):
                 tracer = self.abstract(op.tracer).fact
                 assert isinstance(tracer, Tracer), "only a tracer is stopped"
                 self.evaluate.calls.stop(op, tracer.forward, [])
-            case ops.Steps() | ops.Backward() | ops.Grad() | ops.SetGrad():
+            case ops.Steps():
                 self.fail(
                     op.span,
                     f"`{type(op).__name__.lower()}` is part of the language, but this version does not run it yet",

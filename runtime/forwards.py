@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any, Protocol, final
 from typing import Literal as OneOf
 
@@ -18,6 +19,7 @@ from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
+from nnsight_compiler.runtime.gradients import recorded
 from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
 from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
@@ -78,6 +80,8 @@ class Forward:
     copies: whether the functions may write in place: the model is then given copies, lest a site be a caller's tensor.
     brings: the names in the state of what comes from outside of the forward; gradients are recorded where one of these
         requires them.
+    wanted: where a gradient is asked for, which is also recorded then.
+    named: the weights whose gradients count, by their paths.
     invokes: for each invoke that brings input, the name in the state of its share, or nothing if no site asks for it.
     axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
     own: the paths of the modules that the body calls: where one was attached, and is trained, gradients are recorded.
@@ -86,7 +90,19 @@ class Forward:
     run of the last site would otherwise go unnoticed.
     """
 
-    __slots__ = ("_whole", "axes", "brings", "copies", "invokes", "own", "sites", "span", "stops")
+    __slots__ = (
+        "_whole",
+        "axes",
+        "brings",
+        "copies",
+        "invokes",
+        "named",
+        "own",
+        "sites",
+        "span",
+        "stops",
+        "wanted",
+    )
 
     def __init__(
         self,
@@ -98,7 +114,10 @@ class Forward:
         own: frozenset[str] = frozenset(),
         invokes: tuple[str, ...] = (),
         axes: Callable[[Any, Given], SitesAxes] | None = None,
+        wanted: Span | None = None,
+        named: tuple[str, ...] = (),
     ) -> None:
+        self.wanted, self.named = wanted, named
         self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
         self.own, self.invokes, self.axes = own, invokes, axes
         self._whole: set[Any] = set()
@@ -152,16 +171,13 @@ class Forward:
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _ACTIVE.run = run
             own = (resolve(model, path) for path in self.own & getattr(model, "_attached", set()))
-            grad = grad or any(map(_requires_grad, own))
-            records = torch.is_grad_enabled() and (grad or self._records(state, args, kwargs))
+            records = grad or self._records(state, args, kwargs) or any(map(_requires_grad, own))
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})
-            with as_it_runs():
-                if torch.is_grad_enabled() and not records:
-                    with torch.no_grad():
-                        root(*args, **kwargs)
-                else:
-                    root(*args, **kwargs)
+            asked = self.wanted is not None or (records and torch.is_grad_enabled())
+            around = recorded(root, self.wanted, self.named, everything=grad) if asked else torch.no_grad()
+            with as_it_runs(), around:
+                root(*args, **kwargs)
         except _Stop as stop:
             if stop.run is not run:
                 raise
@@ -353,16 +369,18 @@ def _skip(
     return replacement
 
 
-def _requires_grad(value: Any) -> bool:
+def _requires_grad(value: Any, depth: int = 4) -> bool:
+    """Whether a value is, or holds, a tensor that requires a gradient: in containers, modules and plain objects."""
     if isinstance(value, torch.Tensor):
         return value.requires_grad
     if isinstance(value, nn.Module):
         return any(parameter.requires_grad for parameter in value.parameters())
+    if not depth or isinstance(value, (type, ModuleType, FunctionType)) or hasattr(type(value), "_ready"):
+        return False
     if isinstance(value, (list, tuple)):
-        return any(map(_requires_grad, value))
-    if isinstance(value, dict):
-        return any(map(_requires_grad, value.values()))
-    return False
+        return any(_requires_grad(item, depth - 1) for item in value)
+    held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    return isinstance(held, dict) and any(_requires_grad(item, depth - 1) for item in held.values())
 
 
 def resolve(model: Any, path: str) -> nn.Module:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 from typing import Literal as OneOf
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from nnsight_compiler.ir.ops import Port
 from nnsight_compiler.ir.types import Dimension, TensorType
 from nnsight_compiler.runtime.active import ACTIVE
 from nnsight_compiler.runtime.operations import Operations
@@ -47,6 +49,24 @@ class Event:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """A tensor at an event.
+
+    number: which leaf it is of what stood there; at an input, of the pair of arguments.
+    first: where it stood first, and as which leaf.
+    given: the input of the call in which it was made, where the first argument of that is a tensor that can have a
+        gradient.
+    is_first: at an input, whether it is, or is in, the first argument.
+    """
+
+    number: int
+    first: tuple[Event, int]
+    given: Event | None
+    is_first: bool
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What one forward did.
 
@@ -57,6 +77,7 @@ class Observation:
         first argument.
     shape: for each event at which a tensor stood, its dtype and shape.
     mutated_later: the events at which a tensor stood that the model wrote to in place afterwards.
+    tensors: for each event, the floating-point tensors that stood there.
     since: for each event at which a tensor stood (of a tuple, its first), when that same tensor stood anywhere first.
     refused: the operations that were asked for and are none, each with the reason and the way out.
     recomputed: the attention modules whose attention was computed anew, for its pattern or scores.
@@ -69,6 +90,7 @@ class Observation:
     kind: Mapping[Event, Kind] = field(default_factory=dict)
     shape: Mapping[Event, TensorType | None] = field(default_factory=dict)
     mutated_later: frozenset[Event] = frozenset()
+    tensors: Mapping[Event, tuple[Standing, ...]] = field(default_factory=dict)
     since: Mapping[Event, int] = field(default_factory=dict)
     refused: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     recomputed: frozenset[str] = frozenset()
@@ -89,6 +111,23 @@ class Observation:
         """How often each module ran inside one call of a module."""
         start, end = self.time(path, "input", call), self.time(path, "output", call)
         return Counter(event.path for event in self.events[start + 1 : end] if event.port == "input")
+
+    def beginnings(
+        self, path: str, port: OneOf["input", "output"], call: int, first: bool
+    ) -> list[tuple[str, Port, int, int]]:
+        """Where the tensors at an event (at an input, those of the `first` argument alone) stood first, and what the
+        module that made them was given: path, port, call, and the number of the tensor in what stands there."""
+        event = Event(path, port, call)
+        found: dict[tuple[str, Port, int, int], None] = {}
+        for tensor in self.tensors.get(event, ()):
+            if port == "input" and first and not tensor.is_first:
+                continue
+            if tensor.given is not None:
+                found[tensor.given.path, "input", tensor.given.call, 0] = None
+            start, number = tensor.first
+            if start != event:
+                found[start.path, "inputs" if start.port == "input" else "output", start.call, number] = None
+        return list(found)
 
     def why_not(self, path: str) -> tuple[str, str] | None:
         """Why an operation cannot be addressed, and the way out; `None` where it only did not run."""
@@ -154,7 +193,11 @@ class _Recorder:
         self.kind: dict[Event, Kind] = {}
         self.shape: dict[Event, TensorType | None] = {}
         self.versions: list[tuple[Event, torch.Tensor, int]] = []
+        self.held: list[torch.Tensor] = []
         self.open: dict[str, list[int]] = {}
+        self.running: list[Event] = []
+        self.tensors: dict[Event, tuple[Standing, ...]] = {}
+        self.made: dict[int, tuple[tuple[Event, int], Event | None]] = {}
         self.first: dict[int, int] = {}
         self.since: dict[Event, int] = {}
         parts: list[tuple[str, Any]] = list(shadow.named_modules())
@@ -169,13 +212,16 @@ class _Recorder:
             self.calls[path] += 1
             self.open.setdefault(path, []).append(call)
             first = args[0] if args else next(iter(kwargs.values()), None)
-            self._record(Event(path, "input", call), first, (args, kwargs))
+            event = Event(path, "input", call)
+            self._record(event, first, (args, kwargs))
+            self.running.append(event)
 
         return hook
 
     def _on_output(self, path: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
             self._record(Event(path, "output", self.open[path].pop()), output, output)
+            self.running.pop()
 
         return hook
 
@@ -190,6 +236,17 @@ class _Recorder:
         leading = value[0] if isinstance(value, (tuple, list)) and value else value
         if isinstance(leading, torch.Tensor):
             self.since[event] = self.first[id(leading)]
+        self.tensors[event] = tuple(self._standing(event, value, reachable))
+
+    def _standing(self, event: Event, value: object, reachable: object) -> Iterator[Standing]:
+        around = self.running[-1] if self.running else None
+        given = around if around is not None and _is_real(self.shape[around]) else None
+        of_first = {id(leaf) for leaf in tree_leaves(value)}
+        for number, leaf in enumerate(tree_leaves(reachable)):
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                first, made_in = self.made.setdefault(id(leaf), ((event, number), given))
+                self.held.append(leaf)
+                yield Standing(number, first, made_in, id(leaf) in of_first)
 
     def observation(self, how: OneOf["fake", "real"], reason: str) -> Observation:
         mutated = frozenset(event for event, tensor, version in self.versions if tensor._version != version)
@@ -201,10 +258,15 @@ class _Recorder:
             self.kind,
             self.shape,
             mutated,
+            self.tensors,
             self.since,
             self.operations.refused or {},
             frozenset(self.operations.recomputed),
         )
+
+
+def _is_real(found: TensorType | None) -> bool:
+    return found is not None and (found.dtype or "").startswith(("float", "bfloat"))
 
 
 def _kind(value: object) -> Kind:

@@ -16,19 +16,29 @@ from nnsight_compiler.ir.ops import (
     AnyOp,
     Argument,
     At,
+    AtGradient,
+    Attribute,
+    Backward,
+    Cache,
     Call,
+    Grad,
+    Gradients,
     Invoke,
     Item,
     Op,
     Parameter,
     Read,
+    Record,
     Region,
+    Require,
     Save,
     Session,
+    SetGrad,
     SetItem,
     Skip,
     Stage,
     Stop,
+    Track,
     Write,
 )
 from nnsight_compiler.ir.ops import Forward as ForwardOp
@@ -38,7 +48,7 @@ from nnsight_compiler.ir.traverse import defined, definitions, regions, used, wa
 from nnsight_compiler.ir.values import Module, Operand, Tuple, Value, values_in
 from nnsight_compiler.passes.inline import MODULE_CALL
 from nnsight_compiler.passes.origins import Origins
-from nnsight_compiler.runtime import observed_calls
+from nnsight_compiler.runtime import caches, gradients, observed_calls
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, Given, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
@@ -112,26 +122,42 @@ class _Generator(Statements):
         self.recorded: set[str] = set()
         self.in_site = False
         self.forwards: dict[int, Forward] = {}
+        self.backwards: dict[int, gradients.Backward] = {}
 
     def plan(self, globals_: dict[str, Any], closure: Mapping[str, CellType] | None) -> Plan:
         program = self.program
         forwards = [op for op in walk(program.body) if isinstance(op, ForwardOp)]
+        origins = Origins(program)
+        pieces = [(piece, self._site(None, at)) for at, piece in self._pieces(origins)]
         sites = [(op, at, self._site(op, at)) for op in forwards for at in _placed(op)]
-        made = [function for _, _, function in sites]
-        functions = link(self, made, globals_, closure, program.span) if sites else []
+        made = [*(function for _, function in pieces), *(function for _, _, function in sites)]
+        functions = link(self, made, globals_, closure, program.span) if made else []
+        for (piece, _), function in zip(pieces, functions, strict=False):
+            piece.function = function
+        functions = functions[len(pieces) :]
         plans: dict[int, list[SitePlan]] = {id(op): [] for op in forwards}
         for (op, at, _), function in zip(sites, functions, strict=True):
             plans[id(op)].append(self._site_plan(op, at, function))
-        origins = Origins(program)
+        named = _named_weights(program, origins)
         for op in forwards:
-            copies = any(map(origins.writes_tensors, walk(op.body)))
+            wanted = next((each.span for each in walk(op.body) if _wants_gradients(each)), None)
+            copies = wanted is not None or any(map(origins.writes_tensors, walk(op.body)))
             called = (each.function for each in walk(op.body) if isinstance(each, Call))
             own = frozenset(function.path for function in called if isinstance(function, Module))
             axes = self.axes.found if id(op) in self.later else None
             self.forwards[id(op)] = Forward(
-                tuple(plans[id(op)]), _stops(op), copies, self._brings(op), op.span, own, self._invokes(op), axes
+                tuple(plans[id(op)]),
+                _stops(op),
+                copies,
+                self._brings(op),
+                op.span,
+                own,
+                self._invokes(op),
+                axes,
+                wanted,
+                named,
             )
-        driver = self._driver(bool(sites))
+        driver = self._driver(bool(made))
         (run,) = link(self, [driver], globals_, closure, program.span)
         if any(op.method == "scan" for op in forwards):
             run = scanning(run, program.span)
@@ -287,11 +313,82 @@ class _Generator(Statements):
                 return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
             case Stop():
                 return [ast.Assign(targets=[self._value(ast.Store())], value=self.constant("stop", Stopped(op.span)))]
+            case Cache():
+                given = (op.model, op.device, op.dtype, op.detach)
+                container = self.constant("cache", caches.ActivationCache)
+                made = ast.Call(func=container, args=[self.operand(each, op.span) for each in given], keywords=[])
+                return [ast.Assign(targets=[self.target(op.result)], value=made)]
+            case Record(step=step):
+                parts = [self.operand(each, op.span) for each in (op.cache, op.path)]
+                parts += [ast.Constant(op.port), self.operand(op.value, op.span), ast.Constant(op.call)]
+                parts.append(ast.Constant(None) if step is None else self.operand(step, op.span))
+                return [ast.Expr(ast.Call(func=self.constant("record", caches.record), args=parts, keywords=[]))]
             case Save(result=result, value=value):
                 kept = self.constant("keep", support.keep)
                 made = ast.Call(func=kept, args=[self.operand(value, op.span)], keywords=[])
                 return [ast.Assign(targets=[self.target(result)], value=made)]
+            case Backward():
+                return self._backward(op)
+            case Gradients() | Require() | Track() | Grad() | SetGrad():
+                return self._gradient_op(op)
         return super().model_op(op)
+
+    def _gradient_op(self, op: Gradients | Require | Track | Grad | SetGrad) -> list[ast.stmt]:
+        where = ast.Constant(str(op.span))
+        match op:
+            case Grad(result=result):
+                return [ast.Assign(targets=[self.target(result)], value=self._value())]
+            case SetGrad(gradient=gradient):
+                setter = self.constant("replaced", support.replaced)
+                new = ast.Call(func=setter, args=[self._value(), self.operand(gradient, op.span), where], keywords=[])
+                return [ast.Assign(targets=[self._value(ast.Store())], value=new)]
+            case Require(value=value, leaf=leaf):
+                function = self.constant("require", gradients.require)
+                taken = [self.operand(value, op.span), ast.Constant(leaf), where]
+                return [ast.Expr(value=ast.Call(func=function, args=taken, keywords=[]))]
+            case Track(result=result, value=value, source=source):
+                function = self.constant("track", gradients.track)
+                of = ast.Constant(None) if source is None else self.operand(source, op.span)
+                tracked = ast.Call(func=function, args=[self.operand(value, op.span), of, where], keywords=[])
+                return [ast.Assign(targets=[self.target(result)], value=tracked)]
+            case Gradients(result=result, outputs=outputs, inputs=inputs, arguments=arguments):
+                function = self.constant("gradients", gradients.gradients)
+                rest = _arguments(arguments, self)
+                given = [self.operand(outputs, op.span), self.operand(inputs, op.span), *rest, where]
+                made = ast.Call(func=function, args=given, keywords=[])
+                return [ast.Assign(targets=[self.target(result)], value=made)]
+
+    def _pieces(self, origins: Origins) -> Iterator[tuple[AtGradient, gradients.Piece]]:
+        """The parts of all backward passes, each with its place in the plan of its pass."""
+        changes = tuple(
+            op.span
+            for op in walk(self.program.body)
+            if origins.writes_tensors(op) and not isinstance(op, (AtGradient, Backward, At, ForwardOp))
+        )
+        for op in walk(self.program.body):
+            if not isinstance(op, Backward):
+                continue
+            parts = [part for part in op.body.ops if isinstance(part, AtGradient)]
+            makers = {value.name: number for number, part in enumerate(parts) for value in definitions(part.body)}
+            pieces = []
+            for number, part in enumerate(parts):
+                inside = list(walk(part.body))
+                homes = {makers[value.name] for each in inside for value in used(each) if value.name in makers}
+                writes = any(not isinstance(each, Grad) for each in inside)
+                pieces.append(gradients.Piece(part.span, writes, tuple(sorted(homes - {number}))))
+                yield part, pieces[-1]
+            named = _named_weights(self.program, origins)
+            self.backwards[id(op)] = gradients.Backward(op.span, tuple(pieces), changes, named)
+
+    def _backward(self, op: Backward) -> list[ast.stmt]:
+        rest = _arguments(op.arguments, self)
+        tracked = [self.operand(part.value, op.span) for part in op.body.ops if isinstance(part, AtGradient)]
+        models = [self.operand(model, op.span) for model in op.sparing]
+        state: ast.expr = load(self.names[self.state]) if tracked else ast.Constant(None)
+        runner = ast.Attribute(value=self.constant("backward", self.backwards[id(op)]), attr="run", ctx=ast.Load())
+        tuples = [ast.Tuple(elts=list(each), ctx=ast.Load()) for each in (tracked, models)]
+        given = [self.operand(op.loss, op.span), *rest, *tuples, state]
+        return [ast.Expr(value=ast.Call(func=runner, args=given, keywords=[]))]
 
     def _forward(self, op: ForwardOp) -> list[ast.stmt]:
         model = self.operand(op.model, op.span)
@@ -322,16 +419,22 @@ class _Generator(Statements):
         """The value at the site, in a site function."""
         return ast.Name(self.names[self.value], context or ast.Load())
 
-    def _site(self, op: ForwardOp, at: At) -> ast.FunctionDef:
-        """The function at a site."""
-        name = self.names.fresh(f"at.{at.module.path}.{at.port}" if at.module.path else f"at.{at.port}")
+    def _site(self, op: ForwardOp | None, at: At | AtGradient) -> ast.FunctionDef:
+        """The function at a site of a forward, or at the arrival of a gradient."""
         self.in_site = True
-        self.divided = any(isinstance(each, (Read, Write)) and each.rows is not None for each in walk(at.body))
-        if not self.divided and not any(isinstance(each, (Write, SetItem)) for each in walk(at.body)):
-            self._read_directly(at)
+        self.divided = False
+        if isinstance(at, At):
+            name = self.names.fresh(f"at.{at.module.path}.{at.port}" if at.module.path else f"at.{at.port}")
+            self.divided = any(isinstance(each, (Read, Write)) and each.rows is not None for each in walk(at.body))
+            if not self.divided and not any(isinstance(each, (Write, SetItem)) for each in walk(at.body)):
+                self._read_directly(at)
+        else:
+            name = self.names.fresh("at.gradient")
         parameters = (Parameter(self.value), Parameter(self.state))
         made = self.define(name, self.program.name, parameters, at.body, at.span)
         if self.divided:
+            assert op is not None
+            assert isinstance(at, At)
             axes = self._site_axes(op, at)
             divided = ast.Call(func=self.constant("Divided", Divided), args=[self._value(), axes], keywords=[])
             made.body.insert(0, locate(ast.Assign(targets=[self._value(ast.Store())], value=divided), at.span))
@@ -393,7 +496,7 @@ def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]
         for inner in regions(op):
             for value in inner.parameters:
                 yield where, value
-            yield from _definitions(inner, op if isinstance(op, At) else where)
+            yield from _definitions(inner, op if isinstance(op, (At, AtGradient)) else where)
 
 
 def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
@@ -401,18 +504,41 @@ def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
         if isinstance(op, (Read, Write, Skip)):
             held = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
             taken = [*held, *(() if op.rows is None else values_in(op.rows))]
-        elif isinstance(op, (At, Stop)):
+        elif isinstance(op, (At, Stop, Grad)):
             taken = []
+        elif isinstance(op, SetGrad):
+            taken = list(values_in(op.gradient))
         else:
             taken = list(used(op))
         for value in taken:
             yield where, value
         for inner in regions(op):
-            yield from _uses(inner, op if isinstance(op, At) else where)
+            yield from _uses(inner, op if isinstance(op, (At, AtGradient)) else where)
 
 
 def _model(op: Write | Skip) -> Value | None:
     return op.module.model if isinstance(op.module, Module) else None
+
+
+def _wants_gradients(op: Op) -> bool:
+    """Whether an op of a forward's body needs its values to have gradients."""
+    if isinstance(op, Call):
+        return op.target == "torch.Tensor.requires_grad_"
+    return isinstance(op, (Require, Track, Backward, Gradients))
+
+
+def _named_weights(program: Program, origins: Origins) -> tuple[str, ...]:
+    """The weights of models whose gradients are asked for, by their paths."""
+    asked = (
+        op.value if isinstance(op, Track) else op.object
+        for op in walk(program.body)
+        if isinstance(op, Track) or (isinstance(op, Attribute) and op.name == "grad")
+    )
+    return tuple(
+        f"{op.object.path}.{op.name}".strip(".")
+        for op in map(origins.definition, asked)
+        if isinstance(op, Attribute) and isinstance(op.object, Module)
+    )
 
 
 def _placed(op: ForwardOp) -> Iterator[At]:

@@ -21,11 +21,13 @@ from nnsight_compiler.ir.errors import IRError
 from nnsight_compiler.ir.ops import (
     AnyOp,
     At,
+    AtGradient,
     Attribute,
     Backward,
     Bound,
     Break,
     Build,
+    Cache,
     Call,
     Cell,
     Closure,
@@ -37,6 +39,7 @@ from nnsight_compiler.ir.ops import (
     Forward,
     Global,
     Grad,
+    Gradients,
     If,
     Import,
     Invoke,
@@ -45,6 +48,8 @@ from nnsight_compiler.ir.ops import (
     Operator,
     Raise,
     Read,
+    Record,
+    Require,
     Return,
     Save,
     Session,
@@ -57,6 +62,7 @@ from nnsight_compiler.ir.ops import (
     Steps,
     Stop,
     Store,
+    Track,
     Try,
     Unpack,
     While,
@@ -149,7 +155,7 @@ class Statements(Control):
                 return [ast.Assign(targets=[self.target(result)], value=self.operand(value, span))]
             case (
                 Forward() | Session() | Invoke() | Steps() | Read() | Write() | Skip() | Save() | Stop() | Backward()
-                | Grad() | SetGrad() | At()
+                | Grad() | SetGrad() | At() | Cache() | Record() | Gradients() | Require() | Track() | AtGradient()
             ):  # fmt: skip
                 return self.model_op(op)
             case _:

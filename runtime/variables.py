@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from nnsight_compiler.ir.ops import (
     At,
+    AtGradient,
     Backward,
     Break,
     Cell,
@@ -41,7 +42,7 @@ from nnsight_compiler.ir.traverse import defined, regions, used, walk
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.runtime.regions import captured, continues_through_finally, stem
 
-MODEL_REGIONS = (Forward, Invoke, Steps, At, Backward)
+MODEL_REGIONS = (Forward, Invoke, Steps, At, Backward, AtGradient)
 Live = frozenset[str]
 NONE: Live = frozenset()
 

@@ -44,9 +44,11 @@ from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
+from nnsight_compiler.passes.fill_caches import fill_caches
 from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.manager import DEBUG_VARIABLE, PassResult
 from nnsight_compiler.passes.place import place
+from nnsight_compiler.passes.record_gradients import record_gradients
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites
 from nnsight_compiler.passes.specialise import Subject, specialise
@@ -229,6 +231,7 @@ def order(_: ops.Forward) -> Order:
 SUBJECT = Subject({**ARGUMENTS, "model": tiny(), "scale": 2.0}, {"random": random}, {}, lower_function, save)
 RUNS: Mapping[str, Callable[[Program], Program]] = {
     "specialise": lambda program: specialise(program, SUBJECT).program,
+    "fill_caches": lambda program: fill_caches(program, order, lambda _: dict(tiny()._module.named_modules())),
     "infer": lambda program: infer(
         program, Surroundings({**ARGUMENTS, "model": tiny()}, {}, {}), lambda _: extent_of(tiny(), ((CLEAN,), {}))
     ),
@@ -236,6 +239,7 @@ RUNS: Mapping[str, Callable[[Program], Program]] = {
     "check_unused_values": check_unused_values,
     "eliminate_dead_saves": eliminate_dead_saves,
     "eliminate_common_subexpressions": eliminate_common_subexpressions,
+    "record_gradients": lambda program: record_gradients(program, order),
     "place": lambda program: place(program, order),
     "copy_on_save": copy_on_save,
 }
@@ -261,22 +265,38 @@ def test_the_page_shows_what_is_refused_and_what_is_warned_of() -> None:
         assert RUNS["check_unused_values"](program) is program
 
 
-# --- the page on what programs mean ---
+# --- the pages on what programs mean ---
 
-MEANING = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
-(PRELUDE,) = re.findall(r"^```python prelude\n(.*?)^```$", MEANING, re.DOTALL | re.MULTILINE)
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", MEANING, re.DOTALL | re.MULTILINE)
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("semantics", "gradients")}
 
 
-def test_the_page_is_read_whole() -> None:
-    assert len(EXAMPLES) == MEANING.count("```python\n") >= 14
-    assert sum(bool(error) for _, error in EXAMPLES) == MEANING.count("\n```\n\n```\n") >= 7
+def prelude(text: str) -> str:
+    (found,) = re.findall(r"^```python prelude\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return found
 
 
-@pytest.mark.parametrize(("code", "error"), EXAMPLES, ids=range(len(EXAMPLES)))
-def test_the_examples_of_the_page_do_what_it_says(code: str, error: str, tmp_path: Path) -> None:
+def examples(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", text, re.DOTALL | re.MULTILINE)
+
+
+EXAMPLES = [
+    pytest.param(prelude(text), *each, id=f"{name}-{number}")
+    for name, text in PAGES.items()
+    for number, each in enumerate(examples(text))
+]
+
+
+@pytest.mark.parametrize(("name", "least", "refused"), [("semantics", 14, 7), ("gradients", 7, 4)])
+def test_the_pages_are_read_whole(name: str, least: int, refused: int) -> None:
+    found = examples(PAGES[name])
+    assert len(found) == PAGES[name].count("```python\n") >= least
+    assert sum(bool(error) for _, error in found) == PAGES[name].count("\n```\n\n```\n") >= refused
+
+
+@pytest.mark.parametrize(("prelude", "code", "error"), EXAMPLES)
+def test_the_examples_of_the_pages_do_what_they_say(prelude: str, code: str, error: str, tmp_path: Path) -> None:
     path = tmp_path / "example.py"
-    path.write_text(PRELUDE + code, encoding="utf-8")
+    path.write_text(prelude + code, encoding="utf-8")
     if not error:
         runpy.run_path(str(path))
         return

@@ -381,7 +381,7 @@ def _escaping(op: Op) -> Iterator[Operand]:
             return
         case (
             ops.Attribute() | ops.Delete() | ops.Unpack() | ops.Bound() | ops.Load() | ops.Format() | ops.If()
-            | ops.Read() | ops.Grad() | ops.Stop() | ops.Session() | ops.Steps() | ops.At()
+            | ops.Read() | ops.Grad() | ops.Stop() | ops.Session() | ops.Steps() | ops.At() | ops.AtGradient()
         ):  # fmt: skip
             return
         case _:

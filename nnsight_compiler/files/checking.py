@@ -18,7 +18,7 @@ from nnsight_compiler.ir.serial import from_json
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.runtime.names import signature_name
 
-COMPILERS_OWN = frozenset({"At", "Stage"})
+COMPILERS_OWN = frozenset({"At", "Stage", "Cache", "Record"})
 """Ops that stand in specialised programs only."""
 
 MAX_LINE, MAX_COLUMN = 2**24, 2**16

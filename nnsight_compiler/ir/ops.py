@@ -4,9 +4,9 @@ Fields have roles, told by name and annotation: `result` and `results` are defin
 `Operand` (or with a structure made of operands) are used by it, `Region` fields are nested code, the rest are plain
 attributes. `nnsight_compiler.ir.traverse` works on any op through these roles.
 
-Regions of `forward`, `session`, `invoke`, `with`, `backward` and `at` run exactly once, in place: what they define is
-visible after them. Regions of `if`, `for`, `while`, `try`, `steps` and `closure` are closed: values leave them through
-terminators (`yield`, `continue`, `break`) or cells.
+Regions of `forward`, `session`, `invoke`, `with`, `backward`, `at` and `at_gradient` run exactly once, in place: what
+they define is visible after them. Regions of `if`, `for`, `while`, `try`, `steps` and `closure` are closed: values
+leave them through terminators (`yield`, `continue`, `break`) or cells.
 """
 
 from __future__ import annotations
@@ -560,6 +560,46 @@ class Save(Op):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Cache(Op):
+    """A container for what modules of `model` give in the surrounding forward, after all that is written there. The
+    pass `fill_caches` makes the reads, and the `record`s that fill it.
+
+    named: a tuple of paths of modules that must run. others: one of modules that are recorded if they run, or
+        `Literal(None)` for every module.
+    ports: a tuple of what is recorded of each: `output`, `inputs`.
+    device, dtype: where the tensors go, and what dtype those of floating point get; `None` leaves them as they are.
+    detach: whether they are cut off from what gradients flow through.
+    """
+
+    effects = Effect.WRITES
+    result: Value
+    model: Operand
+    named: Operand
+    others: Operand
+    ports: Operand
+    device: Operand
+    dtype: Operand
+    detach: Operand
+    rows: Operand | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Record(Op):
+    """Puts a copy of what a module gave into a cache, under the module's `path`. `call` and `step` tell several values
+    of one module apart."""
+
+    effects = Effect.WRITES
+    cache: Operand
+    path: Operand
+    port: Port
+    value: Operand
+    call: int | None = None
+    step: Operand | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Stop(Op):
     """The forward ends here; what follows in the model does not run."""
 
@@ -570,12 +610,14 @@ class Stop(Op):
 @final
 @dataclass(frozen=True, slots=True)
 class Backward(Op):
-    """`with loss.backward(…):` runs a backward pass; gradients are read and written in the body."""
+    """`with loss.backward(…):` runs a backward pass; gradients are read and written in the body. `record_gradients`
+    makes the body a sequence of `at_gradient`; `sparing` are the models whose weights then accumulate nothing."""
 
     effects = Effect.MODEL
     loss: Operand
     arguments: tuple[Argument, ...]
     body: Region
+    sparing: tuple[Operand, ...] = ()
 
 
 @final
@@ -600,6 +642,52 @@ class SetGrad(Op):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Gradients(Op):
+    """`torch.autograd.grad(outputs, inputs, …)`: a tuple of the gradients with respect to each of `inputs`. Nothing
+    accumulates."""
+
+    effects = Effect.MODEL
+    result: Value
+    outputs: Operand
+    inputs: Operand
+    arguments: tuple[Argument, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Require(Op):
+    """Made by `record_gradients`: what is computed from a value is recorded from here on, so that it has a gradient.
+    `leaf` says which tensor in the value is meant, counted as torch's pytrees do; `None` means all."""
+
+    effects = Effect.MODEL
+    value: Operand
+    leaf: int | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Track(Op):
+    """Made by `record_gradients`: where the gradient with respect to a value, as it is here, arrives. With a `source`,
+    the value is a view of what was read there, and its gradient is that part of the gradient of the whole."""
+
+    effects = Effect.READS
+    result: Value
+    value: Operand
+    source: Operand | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class AtGradient(Op):
+    """Made by `record_gradients`: the ops that run in the backward pass when the gradient of a value has arrived."""
+
+    effects = Effect.MODEL
+    value: Operand
+    body: Region
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class At(Op):
     """Made by `place`: the ops that run at one site of the surrounding `forward`, in order. The site `skip` is just
     after the module's input: what is given there becomes its output, and it does not run."""
@@ -616,11 +704,12 @@ AnyOp = (
     Global | SetGlobal | Cell | Load | Store | Bound | Import
     | Attribute | SetAttribute | Item | SetItem | Delete | Build | Format | Unpack | Operator | Call | Closure | Stage
     | If | For | While | Try | With | Yield | Emit | Break | Continue | Return | Raise
-    | Forward | Session | Invoke | Steps | Read | Write | Skip | Save | Stop | Backward | Grad | SetGrad | At
+    | Forward | Session | Invoke | Steps | Read | Write | Skip | Save | Cache | Record | Stop
+    | Backward | Grad | SetGrad | At | Gradients | Require | Track | AtGradient
 )  # fmt: skip
 """Every op there is. `match` over it ends in `assert_never`."""
 
 ALL_OPS: tuple[type[Op], ...] = get_args(AnyOp)
 TERMINATORS = (Yield, Break, Continue, Return, Raise)
-TRANSPARENT = (Forward, Session, Invoke, With, Backward, At)
+TRANSPARENT = (Forward, Session, Invoke, With, Backward, At, AtGradient)
 """Ops whose region runs once, in place, so that its values stay visible after it."""

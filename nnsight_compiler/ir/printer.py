@@ -274,8 +274,10 @@ _HOLES: dict[str, Callable[..., str]] = {
     "define": lambda value: spell_value(value.name),
     "elements": lambda elements: _joined(map(_element, elements)),
     "entries": lambda elements: _joined(_element(element, "**") for element in elements),
+    "in": lambda operand: "" if operand is None else f" in {print_operand(operand)}",
     "index": _index,
     "item": _item,
+    "leaf": lambda leaf: "" if leaf is None else f" leaf {leaf}",
     "loop": lambda body, iterable, initial: (
         f"{_item(body)} in {print_operand(iterable)}{_carry(body, initial, skipped=1)}"
     ),
@@ -286,8 +288,10 @@ _HOLES: dict[str, Callable[..., str]] = {
     "owner": lambda operand: print_operand(operand) + (" " if isinstance(operand, Module) else ""),
     "parts": lambda parts: f" {_joined(map(_part, parts))}".rstrip(),
     "rows": lambda rows: "" if rows is None else f" of {print_operand(rows)}",
+    "step": lambda step: "" if step is None else f" step {print_operand(step)}",
     "relative": lambda level, module: "." * level + (spell_text(module) if module else ""),
     "signature": _signature,
+    "sparing": lambda models: f" sparing {_joined(map(print_operand, models))}" if models else "",
     "text": spell_text,
     "word": str,
 }

@@ -100,10 +100,20 @@ FORMS: tuple[Form, ...] = (
     _form(ops.Skip, "skip {module:operand}{call:call}{rows:rows} = {value:operand}"),
     _form(ops.Save, "save {value:operand}", copy=True),
     _form(ops.Save, "keep {value:operand}", copy=False),
+    _form(
+        ops.Cache,
+        "cache {model:operand} named {named:operand} others {others:operand} ports {ports:operand}"
+        " device {device:operand} dtype {dtype:operand} detach {detach:operand}{rows:rows}",
+    ),
+    _form(ops.Record, "record {cache:operand}[{path:operand}] {port:word}{call:call}{step:step} = {value:operand}"),
     _form(ops.Stop, "stop {tracer:operand}"),
-    _form(ops.Backward, "backward {loss:operand}{arguments:arguments}"),
+    _form(ops.Backward, "backward {loss:operand}{arguments:arguments}{sparing:sparing}"),
     _form(ops.Grad, "grad {value:operand}"),
     _form(ops.SetGrad, "set_grad {value:operand} = {gradient:operand}"),
+    _form(ops.Gradients, "gradients {outputs:operand} by {inputs:operand}{arguments:arguments}"),
+    _form(ops.Require, "require {value:operand}{leaf:leaf}"),
+    _form(ops.Track, "track {value:operand}{source:in}"),
+    _form(ops.AtGradient, "at_gradient {value:operand}"),
     _form(ops.At, "at {module:operand} {port:word}{call:call}"),
 )
 """How each op is written, all but `Operator`, which is written infix: `%0 = %a + %b`, `%1 = not %a`, `%2 = %a += 1`."""
@@ -123,6 +133,7 @@ BLOCKS: dict[type[Op], tuple[tuple[str, str], ...]] = {
     ops.Steps: (("", "body"),),
     ops.Backward: (("", "body"),),
     ops.At: (("", "body"),),
+    ops.AtGradient: (("", "body"),),
 }
 """The regions of each op: the label of the line that opens it, and its field. Without a label it opens the op."""
 

@@ -183,7 +183,8 @@ class _Verifier:
         match op:
             case (
                 ops.Global() | ops.SetGlobal() | ops.Cell() | ops.Load() | ops.Store() | ops.Bound() | ops.Attribute()
-                | ops.SetAttribute() | ops.Item() | ops.SetItem() | ops.Format() | ops.Save()
+                | ops.SetAttribute() | ops.Item() | ops.SetItem() | ops.Format() | ops.Save() | ops.Cache()
+                | ops.Track()
             ):  # fmt: skip
                 pass
             case ops.Import(module=module, name=name, level=level, leaf=leaf):
@@ -262,13 +263,20 @@ class _Verifier:
             case ops.Steps(body=body):
                 self.within(op, place.forward, "forward")
                 self.region(op, body, replace(inside, loop=0), 1)
-            case ops.Read() | ops.Write() | ops.Skip() | ops.Stop():
+            case ops.Read() | ops.Write() | ops.Skip() | ops.Stop() | ops.Record():
                 self.within(op, place.forward, "forward")
             case ops.Backward(arguments=arguments, body=body):
                 self.arguments(op, arguments)
                 self.region(op, body, replace(inside, backward=True), 0)
             case ops.Grad() | ops.SetGrad():
                 self.within(op, place.backward, "backward")
+            case ops.AtGradient(body=body):
+                self.within(op, place.backward, "backward")
+                self.region(op, body, inside, 0)
+            case ops.Gradients(arguments=arguments):
+                self.arguments(op, arguments)
+            case ops.Require():
+                self.within(op, place.forward, "forward")
             case ops.At(body=body):
                 self.within(op, place.forward, "forward")
                 self.region(op, body, inside, 0)
@@ -359,6 +367,7 @@ def _jumps(region: Region) -> bool:
             | ops.With(body=body)
             | ops.At(body=body)
             | ops.Backward(body=body)
+            | ops.AtGradient(body=body)
         ):
             return _jumps(body)
         case _:

@@ -96,3 +96,14 @@ def test_patching_in_one_forward_gives_what_one_forward_for_each_gives(run) -> N
             handle.remove()
         assert repr(model.tokenizer.decode(chances.argmax())) in line
         assert float(line.split()[-1]) == pytest.approx(float(chances.max()), abs=0.006)
+
+
+def test_attribution_patching_finds_what_patching_finds(run) -> None:
+    header, *rows = run("gradients.py")
+    tower, last = header.split().index("Tower") - 1, header.split().index("of") - 1
+    for guess, true in zip(rows[::2], rows[1::2], strict=True):
+        guessed, found = numbers(guess)[1:], numbers(true)[1:]
+        assert guessed[0] == found[0] == 0
+        assert max(range(8), key=guessed.__getitem__) == max(range(8), key=found.__getitem__)
+    assert max(range(8), key=numbers(rows[0])[1:].__getitem__) == tower
+    assert max(range(8), key=numbers(rows[-2])[1:].__getitem__) == last

@@ -248,10 +248,10 @@ class Maker:
         if place.depth < 4:
             kinds += [*NESTED, *NESTED]
         if place.forward:
-            kinds += [ops.Read, ops.Write, ops.Skip, ops.Stop] * 2
-            kinds += [ops.Invoke, ops.Steps, ops.At] * 2 if place.depth < 4 else []
+            kinds += [ops.Read, ops.Write, ops.Skip, ops.Stop, ops.Record] * 2
+            kinds += [ops.Require, *([ops.Invoke, ops.Steps, ops.At] * 2 if place.depth < 4 else [])]
         if place.backward:
-            kinds += [ops.Grad, ops.SetGrad] * 3
+            kinds += [ops.Grad, ops.SetGrad] * 3 + ([ops.AtGradient] * 2 if place.depth < 4 else [])
         if place.generator:
             kinds += [ops.Emit] * 6
         kind = self.pick(kinds)
@@ -289,6 +289,8 @@ class Maker:
             return self.pick((None, 0, 2, -1))
         if hint == Operand | None:
             return self.pick((None, self.operand()))
+        if hint == tuple[Operand, ...]:
+            return self.many(self.operand)
         assert get_args(hint)[0] is Argument, hint
         return self.arguments()
 
@@ -419,6 +421,7 @@ class Maker:
 SIMPLE = (
     ops.Global, ops.SetGlobal, ops.Cell, ops.Load, ops.Store, ops.Bound, ops.Import, ops.Attribute, ops.SetAttribute,
     ops.Item, ops.SetItem, ops.Delete, ops.Build, ops.Format, ops.Unpack, ops.Operator, ops.Call, ops.Save,
+    ops.Cache, ops.Track, ops.Gradients,
 )  # fmt: skip
 MERGES = {(ops.Cell, "initial"), (ops.Store, "value"), (ops.Bound, "value")}
 NESTED = (ops.Closure, ops.If, ops.For, ops.While, ops.Try, ops.With, ops.Forward, ops.Session, ops.Backward)

@@ -251,5 +251,5 @@ def test_of_one_call_of_a_block():
 
 def test_a_call_of_a_module_has_ports_only():
     model, x = NNsight(Twice()), torch.ones(1, 4)
-    with pytest.raises(CompileError, match="a call of a module has no `.weight`"), model.trace(x):
+    with pytest.raises(CompileError, match=r"a call of a module has no `\.weight`"), model.trace(x):
         model.layers[1].calls[0].weight.save()

@@ -20,7 +20,7 @@ TOLERANCE = {}
 
 
 FORMS = {"modules.an_attached_module": ("blocks",)}
-"""The forms of a program, where not both: a module is attached to a model outside of experiments, which leave it alone."""
+"""The forms of a program, where not both: a module is attached outside of experiments, which leave the model alone."""
 
 
 def cases() -> list[Any]:

@@ -43,7 +43,6 @@ def test_the_same_undecorated(tiny: LanguageModel) -> None:
     [
         ("for step in tracer.iter[:2]: pass", "steps of a generation are part of the language"),
         ("for step in tracer.iter: pass", "steps of a generation are part of the language"),
-        ("with model.output.sum().backward(): pass", "`backward` is part of the language"),
     ],
 )
 def test_parts_of_the_language_that_do_not_run_yet(line: str, reason: str) -> None:

@@ -1,0 +1,368 @@
+"""Gradients while an experiment runs: what is recorded, where gradients arrive, and the backward pass.
+
+A forward is recorded only from the first value that needs it, since the weights of the model take no part unless they
+are asked for: while it runs, torch's functions see them detached. Gradients are read and written where autograd has
+them complete, at the node that made the value, so that one pass serves all of them and weights are left alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, final
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from nnsight_compiler.ir.errors import RunError
+from nnsight_compiler.ir.span import Span
+from nnsight_compiler.passes.assignments import described
+
+IN_PLACE = "modified by an inplace operation"
+"""What torch says where a value that a gradient needs was written over."""
+
+
+# --- what is recorded ---
+
+
+class Frozen(TorchFunctionMode):
+    """While it is entered, torch's functions take these parameters as constants. The parameters stay as they are, and
+    other threads see them so."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.constants = {id(parameter): parameter.detach() for parameter in parameters}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args = tuple([self._constant(value) for value in args])
+        if kwargs:
+            return function(*args, **{name: self._constant(value) for name, value in kwargs.items()})
+        return function(*args)
+
+    def _constant(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.constants.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)([self._constant(item) for item in value])
+        return value
+
+
+class _Current(threading.local):
+    """The model whose forward runs in this thread."""
+
+    root: nn.Module | None = None
+
+
+_CURRENT = _Current()
+
+
+@contextmanager
+def recorded(root: nn.Module, wanted: Span | None, named: tuple[str, ...], everything: bool) -> Iterator[None]:
+    """A forward whose values have gradients: `wanted` says where one is asked for, `named` which weights count.
+
+    Raises:
+        RunError: gradients are off, or would be wrong.
+    """
+    if wanted is not None and (torch.is_inference_mode_enabled() or not torch.is_grad_enabled()):
+        mode = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
+        raise RunError(
+            f"{wanted}: a gradient is asked for, but the experiment is run under `{mode}`\n"
+            f"  way out: call it outside of `{mode}`"
+        )
+    if any(getattr(part, "gradient_checkpointing", False) and part.training for part in root.modules()):
+        where = f"{wanted}: " if wanted is not None else ""
+        raise RunError(
+            f"{where}the model recomputes its values in the backward pass (gradient checkpointing), which would be"
+            " without what the experiment does to them\n  way out: `model.gradient_checkpointing_disable()`"
+        )
+    counting = _parameters(root, named)
+    frozen = [each for each in root.parameters() if each.requires_grad and id(each) not in counting]
+    before, _CURRENT.root = _CURRENT.root, root
+    try:
+        if everything or not frozen:
+            yield
+        else:
+            with Frozen(frozen):
+                yield
+    finally:
+        _CURRENT.root = before
+
+
+def _parameters(root: nn.Module, names: tuple[str, ...]) -> set[int]:
+    """The identities of the parameters of these names, where the model has them."""
+    found = dict(root.named_parameters(remove_duplicate=False)) if names else {}
+    return {id(found[name]) for name in names if name in found}
+
+
+class _Begin(torch.autograd.Function):
+    """Has a tensor be a result of autograd's, in place, so that it may also be written to in place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def require(value: Any, leaf: int | None, where: str) -> None:
+    """Has what is computed from a value be recorded from here on."""
+    leaves = tree_leaves(value)
+    for tensor in leaves if leaf is None else leaves[leaf : leaf + 1]:
+        if not isinstance(tensor, torch.Tensor) or tensor.requires_grad:
+            continue
+        if not (tensor.is_floating_point() or tensor.is_complex()) or _is_part_of_model(tensor):
+            continue
+        if not torch.is_grad_enabled():
+            raise RunError(
+                f"{where}: this value has no gradient, since the model runs this part of itself without gradients\n"
+                "  way out: take the gradient of a value outside of that part"
+            )
+        try:
+            _Begin.apply(tensor, torch.zeros((), requires_grad=True, device=tensor.device))  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise RunError(
+                f"{where}: torch cannot record from this value on, which is one of several views of another tensor"
+                f" ({error})\n  way out: take the gradient of the value of which it is a part"
+            ) from error
+
+
+def _is_part_of_model(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a weight or a buffer of the model that runs, which stay as they are."""
+    if _CURRENT.root is None:
+        return False
+    storage = tensor.untyped_storage().data_ptr()
+    own = (*_CURRENT.root.parameters(), *_CURRENT.root.buffers())
+    return any(each.untyped_storage().data_ptr() == storage for each in own if not each.is_meta)
+
+
+# --- where gradients arrive ---
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Tracked:
+    """Where the gradient with respect to a value arrives.
+
+    whole: how the tensor that has the gradient lies in memory: its shape and strides.
+    part: where the value lies in it: shape, strides and offset; `None` where it is all of it.
+    """
+
+    edge: GradientEdge
+    whole: tuple[tuple[int, ...], tuple[int, ...]]
+    part: tuple[tuple[int, ...], tuple[int, ...], int] | None
+
+    def split(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of the whole gradient, and the part of it that is the value's."""
+        if self.part is None:
+            copy = gradient.clone()
+            return copy, copy
+        shape, strides = self.whole
+        laid = torch.empty_strided(shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+        return laid, laid.as_strided(*self.part)
+
+
+def track(value: Any, source: Any, where: str) -> Tracked:
+    """Where the gradient with respect to a value, as it is now, arrives. `source` is what was read at the site of which
+    the value is a part.
+
+    Raises:
+        RunError: it has none.
+    """
+    if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+        raise RunError(f"{where}: only a tensor of real numbers has a gradient, not {described(value)}")
+    whole = _whole(value, source)
+    if not whole.requires_grad:
+        raise RunError(
+            f"{where}: this value has no gradient: it does not depend on anything that is recorded\n"
+            "  way out: call `.requires_grad_()` on a tensor of your own before the experiment; make a value outside of"
+            " `torch.no_grad()`"
+        )
+    place = (tuple(whole.shape), whole.stride())
+    if whole is value:
+        return Tracked(get_gradient_edge(whole), place, None)
+    offset = int(value.storage_offset()) - int(whole.storage_offset())
+    return Tracked(get_gradient_edge(whole), place, (tuple(value.shape), value.stride(), offset))
+
+
+def _whole(value: torch.Tensor, source: Any) -> torch.Tensor:
+    """The tensor at a site that a value is, or is a view of; the value itself where it shares nothing with the site."""
+    tensors = [each for each in tree_leaves(source) if isinstance(each, torch.Tensor)]
+    if any(each is value for each in tensors):
+        return value
+    storage = value.untyped_storage().data_ptr()
+    return next((each for each in tensors if each.untyped_storage().data_ptr() == storage), value)
+
+
+# --- the backward pass ---
+
+
+@final
+@dataclass(slots=True)
+class Piece:
+    """What runs when one gradient arrives.
+
+    span: where the gradient is asked for.
+    writes: whether the model goes on with what the function returns.
+    needs: the pieces whose results the function uses.
+    """
+
+    span: Span
+    writes: bool
+    needs: tuple[int, ...]
+    function: Callable[[Any, Any], Any] | None = None
+
+
+@final
+@dataclass(slots=True)
+class Backward:
+    """The plan of one backward pass.
+
+    changes: the lines that write in place to what may be needed.
+    named: the weights of the models that count, by their paths.
+    """
+
+    span: Span
+    pieces: tuple[Piece, ...]
+    changes: tuple[Span, ...]
+    named: tuple[str, ...]
+
+    def run(
+        self,
+        loss: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        tracked: tuple[Tracked, ...],
+        models: tuple[Any, ...],
+        state: Any,
+    ) -> None:
+        """Runs the pass.
+
+        Raises:
+            RunError: the loss has no gradient, or does not depend on a value whose gradient is asked for.
+        """
+        if not isinstance(loss, torch.Tensor):
+            raise RunError(f"{self.span}: a backward pass starts at a tensor, not at {described(loss)}")
+        if not loss.requires_grad:
+            if self.pieces:
+                self._missed(self.pieces[0])
+            raise RunError(
+                f"{self.span}: this loss depends on nothing that has a gradient\n"
+                "  way out: ask for the gradient of a value that it depends on, in `with loss.backward():`; for the"
+                " weights of the model, `trace(…, grad=True)`"
+            )
+        arrived = [False] * len(self.pieces)
+        handles = [self._hook(number, each, arrived, state) for number, each in enumerate(tracked)]
+        handles += _spare(loss, models, self.named)
+        try:
+            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        for piece, reached in zip(self.pieces, arrived, strict=True):
+            if not reached:
+                self._missed(piece)
+
+    def _missed(self, piece: Piece) -> NoReturn:
+        raise RunError(
+            f"{piece.span}: the loss of line {self.span.line} does not depend on this value, so it has no gradient\n"
+            "  way out: compute the loss from what depends on the value, outside of `torch.no_grad()`"
+        )
+
+    def _hook(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Any:
+        piece, position = self.pieces[number], tracked.edge.output_nr
+        function = piece.function
+        assert function is not None
+
+        def hook(gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...] | None:
+            gradient = gradients[position]
+            if gradient is None:
+                return None
+            for other in piece.needs:
+                if not arrived[other]:
+                    raise RunError(
+                        f"{piece.span}: this writes a gradient, but needs that of {self.pieces[other].span}, which"
+                        " arrives only later: a backward pass goes from the last value to the first\n  way out: take"
+                        " the gradient that is needed in a backward pass of its own, before, with `retain_graph=True`"
+                    )
+            whole, part = tracked.split(gradient)
+            result = function(part, state)
+            arrived[number] = True
+            if not piece.writes:
+                return None
+            if result is not part:
+                if whole is part:
+                    whole = result
+                else:
+                    part.copy_(result)
+            return (*gradients[:position], whole, *gradients[position + 1 :])
+
+        return tracked.edge.node.register_prehook(hook)
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        if IN_PLACE not in str(error):
+            return error
+        lines = ", ".join(str(span.line) for span in self.changes)
+        where = f" by line {lines}" if lines else ""
+        return RunError(
+            f"{self.changes[0] if self.changes else self.span}: the backward pass of line {self.span.line} needs a"
+            f" value that was written over in place{where}\n  way out: make a new value and assign it, as in"
+            " `module.output = new`, instead of writing into the old one"
+        )
+
+
+def _spare(loss: torch.Tensor, models: tuple[Any, ...], named: tuple[str, ...]) -> list[Any]:
+    """Has the weights of these models accumulate nothing where a loss reaches them, but for those that are named."""
+    weights: set[int] = set()
+    for model in models:
+        counting = _parameters(model._module, named)
+        weights.update(
+            id(each) for each in model._module.parameters() if each.requires_grad and id(each) not in counting
+        )
+    if not weights:
+        return []
+    return [
+        node.register_prehook(lambda gradients: (None,) * len(gradients))
+        for node in _leaves(loss)
+        if id(node.variable) in weights
+    ]
+
+
+def _leaves(loss: torch.Tensor) -> Iterator[Any]:
+    """The nodes at which a backward pass from a loss would accumulate gradients."""
+    waiting: list[Any] = [get_gradient_edge(loss).node]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node
+        for inner, _ in node.next_functions:
+            if inner is not None and inner not in seen:
+                seen.add(inner)
+                waiting.append(inner)
+
+
+def gradients(
+    outputs: Any, tracked: tuple[Tracked, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
+) -> tuple[Any, ...]:
+    """`torch.autograd.grad` with respect to tracked values."""
+    edges = [each.edge for each in tracked]
+    try:
+        found = torch.autograd.grad(outputs, edges, *args, **kwargs)
+    except RuntimeError as error:
+        raise RunError(f"{where}: {error}") from error
+    return tuple(
+        gradient if gradient is None or each.part is None else each.split(gradient)[1]
+        for each, gradient in zip(tracked, found, strict=True)
+    )
