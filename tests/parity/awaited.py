@@ -4,6 +4,9 @@ import pytest
 
 AWAITED: dict[str, str] = {
     "generation": "generation",
+    "edits": "edits",
+    "silent.a_child_is_edited": "edits",
+    "loud.an_edited_view": "edits",
     "source.an_operation_changed.experiment": "operations of a model whose input the experiment computes",
     "source.an_operations_input.experiment": "operations of a model whose input the experiment computes",
     "source.an_assignment_in_a_forward.experiment": "operations of a model whose input the experiment computes",
