@@ -99,9 +99,10 @@ class Trace:
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nnsight_compiler.models"):
             frame = frame.f_back
         if not _opens_with(frame):
+            plain = "call the model" if method == "trace" else "save `tracer.result`"
             raise ExperimentError(
                 f"{cell_name(frame.f_code.co_filename)}:{frame.f_lineno}: `.{method}(…)` without `with` runs nothing\n"
-                f"  way out: write `with model.{method}(…):` and the body below it; for a plain run, call the model"
+                f"  way out: write `with model.{method}(…):` and the body below it; for a plain run, {plain}"
             )
 
     def __enter__(self) -> Trace:

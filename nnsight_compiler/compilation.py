@@ -31,6 +31,7 @@ from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.record_gradients import record_gradients
+from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.rows import check_rows
 from nnsight_compiler.passes.shapes import Extent, Surroundings
 from nnsight_compiler.passes.sites import check_sites, forwards, operations
@@ -55,6 +56,7 @@ PASSES = (
     "check_sites",
     "check_skips",
     "check_unused_values",
+    "repeat_writes",
     "eliminate_dead_saves",
     "eliminate_common_subexpressions",
     "record_gradients",
@@ -259,6 +261,7 @@ def lower_program(
         lambda source: check_padding(check_rows(check_sites(source, order), undivided), lengths, arguments),
         lambda source: check_skips(source, order),
         check_unused_values,
+        repeat_writes,
         dead,
         eliminate_common_subexpressions,
         lambda source: record_gradients(source, order),

@@ -9,6 +9,7 @@ stage 2 begins at demo.py:15, where it must be known which module this is
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.inline import MODULE_CALL
 from nnsight_compiler.passes.known_calls import known_target
+from nnsight_compiler.passes.moments import first_step, last_step
 
 LATER = "specialised when the run reaches it"
 HOST_OPS = "A host op runs as it is, each time its line is reached; it may read and change whatever it can get at."
@@ -182,7 +184,7 @@ def _names(program: Program, call: ops.Call, made: Mapping[str, Op]) -> dict[str
     """What stands in the guards of a stage, and what the user calls it: what a box holds, a value without a name."""
     names = {}
     for op in program.walk():
-        if isinstance(op, ops.Load) and isinstance(op.cell, Value):
+        if isinstance(op, ops.Load) and isinstance(op.cell, Value) and op.name is not None:
             names[f"{op.cell.name}.value"] = op.name
     for parameter, argument in zip(program.parameters, call.arguments, strict=True):
         name = parameter.value.name
@@ -242,12 +244,14 @@ def _steps(program: Program, recomputed: Collection[str]) -> Iterator[Step]:
                 case ops.Forward():
                     yield Step("forward", *place, f"forward of {program.target}", _purpose(op), within)
                 case ops.At(module=module, port=port):
-                    site = _site(module, port)
+                    site = _site(module, port) if port != "result" else ""
                     attention, _, value = module.path.rpartition(":")
                     if value in ("pattern", "scores") and attention in recomputed:
                         what = f"attention of {attention}"
                         why = f"computed from q, k and the mask, in this run: torch's kernel gives no {value}"
                         yield Step("attention", *place, what, why, within)
+                case ops.Steps():
+                    around = *within, *(when.strip() for when, _ in _pieces(Region((), (op,))))
                 case ops.Call(target=None) if op.function not in stages:
                     what = f"host op `{_spelled(op.function, made)}(…)`"
                     yield Step("host", *place, what, _why(site), within)
@@ -269,22 +273,43 @@ def _why(site: str) -> str:
 
 
 def _purpose(op: ops.Forward) -> str:
-    """What is read and written in a forward, and where it ends."""
-    reads: list[tuple[str, str]] = []
-    writes: list[tuple[str, str]] = []
+    """What is read and written in a forward, at which steps of a generation, and where it ends."""
+    touched: dict[tuple[str, str], list[tuple[str, str]]] = {}
     last = ("", "output")
+    gives = False
     for at in op.body.ops:
         assert isinstance(at, ops.At), "explained programs are placed"
+        if at.port == "result":
+            gives = any(isinstance(each, ops.Read) for each in walk(at.body))
+            continue
         last = at.module.path, at.port
-        inside = list(walk(at.body))
-        if any(isinstance(each, ops.Write | ops.SetItem) or _in_place(each) for each in inside):
-            writes.append(last)
-        elif any(isinstance(each, ops.Read) for each in inside):
-            reads.append(last)
-    touched = {"reads": reads, "writes": writes}
-    parts = [f"{word} {', '.join(_ranges(sites))}" for word, sites in touched.items() if sites]
-    end = "ends after it" if [*reads, *writes] == [last] else f"ends after {_named(*last)}"
+        for when, part in _pieces(at.body):
+            inside = list(walk(part))
+            if any(isinstance(each, ops.Write | ops.SetItem) or _in_place(each) for each in inside):
+                touched.setdefault(("writes", when), []).append(last)
+            elif any(isinstance(each, ops.Read) for each in inside):
+                touched.setdefault(("reads", when), []).append(last)
+    ordered = sorted(touched.items(), key=lambda each: each[0][0])
+    parts = [f"{word} {', '.join(_ranges(sites))}{when}" for (word, when), sites in ordered]
+    if op.method == "generate":
+        return "; ".join([*parts, "generates to its end", *(["gives what it returns"] if gives else [])])
+    sites = [site for held in touched.values() for site in held]
+    end = "ends after it" if sites == [last] else f"ends after {_named(*last)}"
     return "; ".join([*parts, "runs to its end" if last == ("", "output") else end])
+
+
+def _pieces(body: Region) -> Iterator[tuple[str, Region]]:
+    """The parts of what happens at a site, and at which steps of a generation each does."""
+    if not any(isinstance(op, ops.Steps) for op in body.ops):
+        yield "", body
+        return
+    for op in body.ops:
+        if isinstance(op, ops.Steps):
+            first, end = first_step(op), last_step(op)
+            if end == math.inf:
+                yield f" at every step from {first}" if first else " at every step", op.body
+            else:
+                yield f" at step {first}" if first == end else f" at steps {first} to {end}", op.body
 
 
 def _in_place(op: Op) -> bool:
@@ -338,7 +363,9 @@ def _spelled(operand: Operand, made: Mapping[str, Op]) -> str:
             return repr(value)
         case Value(name=name):
             match made.get(name):
-                case ops.Global(name=known) | ops.Load(name=known) | ops.Bound(name=known) | ops.Closure(name=known):
+                case ops.Global(name=known) | ops.Bound(name=known) | ops.Closure(name=known):
+                    return known
+                case ops.Load(name=str() as known):
                     return known
                 case ops.Operator(operator=sign, operands=(left, right)):
                     return f"{_spelled(left, made)} {sign} {_spelled(right, made)}"

@@ -14,7 +14,7 @@ from nnsight_compiler.ir.ops import Port
 from nnsight_compiler.ir.values import Module
 from nnsight_compiler.observations import axes_of
 from nnsight_compiler.passes.shapes import Extent
-from nnsight_compiler.passes.sites import EventPort, event_port
+from nnsight_compiler.passes.sites import PlacePort, event_port
 from nnsight_compiler.passes.stand_ins import UNKNOWN
 from nnsight_compiler.runtime.axes import Axes, AxisError, Opaque
 from nnsight_compiler.runtime.rows import SiteAxes, SitesAxes
@@ -44,7 +44,7 @@ def extent_of(
     return Extent(_Sites(axes), rows, tokens, varies)
 
 
-def site_axes(model: Any, example: Inputs, path: str, port: EventPort, call: int) -> SiteAxes:
+def site_axes(model: Any, example: Inputs, path: str, port: PlacePort, call: int) -> SiteAxes:
     """Which dimensions of what stands at a site are rows and tokens, on inputs of this kind.
 
     Raises:
@@ -62,7 +62,7 @@ def site_axes(model: Any, example: Inputs, path: str, port: EventPort, call: int
 def found_axes(model: Any, inputs: Inputs) -> SitesAxes:
     """What stands at the sites of a forward on these inputs, which the run has just brought."""
 
-    def found(path: str, port: EventPort, call: int) -> SiteAxes:
+    def found(path: str, port: PlacePort, call: int) -> SiteAxes:
         try:
             return site_axes(model, inputs, path, port, call)
         except AxisError as error:

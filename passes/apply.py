@@ -28,6 +28,7 @@ from nnsight_compiler.passes.facts import (
     Recording,
     SiteCalls,
     SiteModule,
+    StepRange,
     Tracer,
     constant,
     holds_values,
@@ -74,7 +75,7 @@ class Calls(Inlining):
                 return observe(self.specialiser, module, kept, self.specialiser.span(op))
             case SiteModule():
                 return self._kept(op, function, arguments, MODULE_CALL)
-            case SiteCalls() | Tracer():
+            case SiteCalls() | Tracer() | StepRange():
                 self.specialiser.fail(op.span, "this cannot be called")
             case Method(receiver=receiver, name=name):
                 return self._method(op, function, receiver, name, arguments)
@@ -268,6 +269,8 @@ class Calls(Inlining):
                 )
             case SiteModule() | SiteCalls() if name == "skip":
                 return self.skip(op, receiver, arguments)
+            case SiteModule() as module if name == "next" and not hasattr(module.handle._module, "next"):
+                return self.evaluator.next_of(op, module)
             case SiteModule():
                 return self._of_module(op, receiver, name, arguments)
             case Tracer() if name == "barrier":
@@ -284,6 +287,11 @@ class Calls(Inlining):
                 return caching.cache(self.specialiser, op, forward, arguments)
             case Recording() if name == "save":
                 return receiver
+            case Tracer(forward=forward) if name == "all" and not arguments:
+                self.evaluator.refuse_steps_of_trace(op.span)
+                return Abstract(None, StepRange(forward), span=op.span)
+            case Tracer() if name == "next" and not arguments:
+                return self.evaluator.next_step(op)
             case Tracer():
                 fail(op.span, f"`.{name}` of a tracer is not run by this version yet")
             case Known(value=value) if isinstance(value, torch.Tensor):
@@ -402,7 +410,7 @@ class Calls(Inlining):
         match value.fact:
             case Recording():
                 return value
-            case SiteModule() | SiteCalls() | Tracer() | Function():
+            case SiteModule() | SiteCalls() | Tracer() | StepRange() | Function():
                 self.specialiser.fail(span, "only values can be saved, not modules", "save its `.output`")
             case Elements(kind="tuple", items=list() as items):
                 return self.specialiser.pack([self.save(op, item) for item in items])
@@ -421,15 +429,6 @@ class Calls(Inlining):
         result = self.specialiser.builder.fresh(op.result.name)
         self.specialiser.emit(ops.Save(result, self.specialiser.use(value), span=span))
         return Abstract(result, None, value.loops, 0, span, value.at_run)
-
-    def refuse_steps(self, op: ops.For, iterable: Abstract) -> None:
-        match iterable.fact:
-            case Method(receiver=Abstract(fact=Tracer())):
-                self.specialiser.fail(
-                    op.span,
-                    "steps of a generation are part of the language, but this version does not run them yet",
-                    "run one `with model.trace(…)` for each token",
-                )
 
     def known_names(self, value: Abstract) -> list[str]:
         """The keys of a mapping, as far as they are known."""

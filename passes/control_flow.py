@@ -134,7 +134,9 @@ class ControlFlow(Interpretation):
 
     def for_(self, op: ops.For) -> Completion | None:
         iterable = self.abstract(op.iterable)
-        self.evaluate.calls.refuse_steps(op, iterable)
+        steps = self.evaluate.steps_of(iterable, op.span)
+        if steps is not None:
+            return self.over_steps(op, steps)
         if id(op) in self.decisions.roll:
             self.stage_body(op.body)
         elif id(op) in self.decisions.unroll or self.evaluate.mentions_modules(iterable):
@@ -305,6 +307,9 @@ class ControlFlow(Interpretation):
 
     def with_(self, op: ops.With) -> Completion | None:
         context = self.abstract(op.context)
+        steps = self.evaluate.steps_of(context, op.span)
+        if steps is not None:
+            return self.in_steps(op, steps)
         if context.at_run or isinstance(context.fact, Known):
             self.disturb()  # what entering and leaving it does is not known
         result = self.builder.fresh(op.result.name)
@@ -330,7 +335,8 @@ class ControlFlow(Interpretation):
         result = self.builder.fresh(op.result.name)
         self.scope[op.result] = Abstract(None, Tracer(result), span=span)
         arguments = tuple(replace(argument, value=self.used(argument.value)) for argument in op.arguments)
-        self.rely_on_options(op.arguments)
+        if op.method != "generate":
+            self.rely_on_options(op.arguments)
         self.models[result.name] = module.handle
         self.observed = {}
         brings = brings_input(self, op.arguments)
@@ -340,6 +346,7 @@ class ControlFlow(Interpretation):
         outer, self.conditions = self.conditions, []
         with self.builder.region() as made:
             completion = self.region(op.body)
+        made = self.complete(made)
         self.changes.add(running.changes)
         self.forward, self.conditions = None, outer
         body = Region((), settle(self, running, op, made))

@@ -219,7 +219,9 @@ class _Elimination:
         match op:
             case ops.Store(cell=cell):
                 return not isinstance(self.memory.origins.definition(cell), ops.Cell)  # a stage is given its cells
-            case ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad() | ops.Save() | ops.Cache():
+            case ops.FromEnd() | ops.Global() | ops.Cell() | ops.Closure() | ops.Read() | ops.Grad():
+                return False
+            case ops.Save() | ops.Cache():
                 return False
             case (
                 ops.Stage()

@@ -6,6 +6,7 @@ their site.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from nnsight_compiler.ir.traverse import defined, definitions, operands, regions
 from nnsight_compiler.ir.values import Module, Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.memory import Fresh, Name, Root, Site
+from nnsight_compiler.passes.moments import Moment, last_step
 from nnsight_compiler.passes.sites import (
+    RESULT,
     Order,
     Place,
     event_port,
@@ -38,15 +41,28 @@ BEFORE = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """A condition or a context around an op: which op it is, and for a condition in which branch."""
+    """A condition, a context or steps of a generation around an op: which op it is, and for a condition in which
+    branch."""
 
-    op: ops.If | ops.With
+    op: ops.If | ops.With | ops.Steps
     branch: int = 0
+
+    @property
+    def uses(self) -> Iterator[Value]:
+        """The values that decide whether, or in what, the ops inside run."""
+        match self.op:
+            case ops.If(condition=operand) | ops.With(context=operand):
+                yield from values_in(operand)
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """An op of a forward, to be placed. `merge`: it stands for the results of a condition."""
+    """An op of a forward, to be placed.
+
+    merge: it stands for the results of a condition.
+    steps: the steps of a generation at which it runs; without, it runs once.
+    step: the first of them, or the one.
+    """
 
     op: Op
     order: tuple[int, int]
@@ -54,13 +70,37 @@ class Entry:
     merge: bool = False
     needs: list[Entry] = field(default_factory=list)
     pin: Place | None = None
+    steps: ops.Steps | None = None
+    step: float = 0
     time: int = BEFORE
     changes: dict[str, Value] = field(default_factory=dict)
     """Values that it takes a copy of instead."""
     follows: Entry | None = None
     """The call whose method it looks up: it runs where that runs."""
-    last: bool = False
+    closes: bool = False
     """Whether it ends what happens at its site."""
+
+    @property
+    def last(self) -> Moment:
+        """When it has run for the last time."""
+        if self.steps is None:
+            return self.step, self.time
+        stop = last_step(self.steps)
+        return stop, RESULT if stop == math.inf else self.time
+
+    def beside(self, other: Entry) -> bool:
+        """Whether it runs whenever another does, at the same site."""
+        return self.along(other) and (self.step, self.time) == (other.step, other.time)
+
+    def along(self, other: Entry) -> bool:
+        """Whether both are of one round of one loop over steps, or of none. What writes are repeated in is one loop."""
+        if self.steps is None or other.steps is None:
+            return self.steps is other.steps
+        return self.steps is other.steps or not (self.steps.asked or other.steps.asked)
+
+    def after(self, need: Entry) -> Moment:
+        """The moment at which the entry can run for the first time, as far as one that it needs goes."""
+        return (need.step, need.time) if self.along(need) else need.last
 
 
 class Body:
@@ -97,6 +137,8 @@ class Body:
                     self.makers.setdefault(op.result.name, self.entries[-1]) if self.entries else None
                 case ops.Invoke():
                     self._flatten(op.body.ops, frames)
+                case ops.Steps():
+                    self._flatten(op.body.ops, (Frame(op), *self._around_steps(op, frames)))
                 case ops.Yield():
                     pass
                 case ops.For() | ops.While():
@@ -104,8 +146,25 @@ class Body:
                 case _:
                     self._add(op, frames)
 
+    def _around_steps(self, op: ops.Steps, frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
+        """The conditions and contexts around steps, which hold in each of them. Steps inside others are their own."""
+        for frame in frames:
+            if isinstance(frame.op, ops.With) and not self.placement.enters_again(frame.op):
+                raise CompileError(
+                    [
+                        Diagnostic(
+                            frame.op.span,
+                            "this context would have to be entered again at each step of the loop inside it",
+                            "put it into the loop, or around the whole `with model.generate(…)`",
+                            ((op.span, "the loop over steps"),),
+                        )
+                    ]
+                )
+        return tuple(frame for frame in frames if not isinstance(frame.op, ops.Steps))
+
     def _add(self, op: Op, frames: tuple[Frame, ...], merge: bool = False) -> Entry:
-        entry = Entry(op, (len(self.entries), 0), frames, merge)
+        steps = frames[0].op if frames and isinstance(frames[0].op, ops.Steps) else None
+        entry = Entry(op, (len(self.entries), 0), frames, merge, steps=steps)
         self.entries.append(entry)
         for value in defined(op):
             self.makers[value.name] = entry
@@ -152,6 +211,15 @@ class Body:
         self.entered = self._entered()
         last: dict[object, Entry] = {}
         since: dict[object, list[Entry]] = defaultdict(list)
+        through: dict[int, set[object]] = {}
+
+        def wait(entry: Entry, others: list[Entry], key: object) -> None:
+            # What a site may hold is another storage at each step: there, the order within a step is enough.
+            for other in others:
+                held = key in through[id(entry)] or key in through[id(other)]
+                if entry.along(other) or not held:
+                    entry.needs.append(other)
+
         for entry in self.entries:
             for value in self._uses(entry):
                 maker = self.makers.get(value.name)
@@ -163,23 +231,20 @@ class Body:
                 else:
                     entry.needs.append(maker)
             for frame in entry.frames:
-                operand = frame.op.condition if isinstance(frame.op, ops.If) else frame.op.context
-                for value in values_in(operand):
+                for value in frame.uses:
                     if value.name in self.makers:
                         entry.needs.append(self.makers[value.name])
             if entry.merge:
                 continue
             reads, writes = self._touched(entry.op)
-            through_sites = self._through_sites(entry.op) if self.entered else set()
+            through[id(entry)] = self._through_sites(entry.op) if self.entered else set()
             for key in writes:
-                entry.needs.extend(since.pop(key, []))
-                if key in last:
-                    entry.needs.append(last[key])
+                wait(entry, since.pop(key, []), key)
+                wait(entry, [last[key]] if key in last else [], key)
                 last[key] = entry
             for key in reads - writes:
-                if key in last:
-                    entry.needs.append(last[key])
-                if key not in through_sites:  # such a value is copied where the op runs elsewhere than at its site
+                wait(entry, [last[key]] if key in last else [], key)
+                if key not in through[id(entry)]:  # such a value is copied where the op runs elsewhere than at its site
                     since[key].append(entry)
 
     def _looks_up(self, maker: Entry, entry: Entry, value: Value) -> bool:

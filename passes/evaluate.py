@@ -41,6 +41,7 @@ from nnsight_compiler.passes.facts import (
 from nnsight_compiler.passes.items import Items
 from nnsight_compiler.passes.observed_calls import read_inside
 from nnsight_compiler.passes.sites import ATTENTION_VALUES
+from nnsight_compiler.passes.step_ranges import steps_op
 from nnsight_compiler.passes.streams import STREAM, read_stream, write_stream
 
 if TYPE_CHECKING:
@@ -255,6 +256,8 @@ class Evaluator(Items):
             return read_stream(self, op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
+        if name == "next" and not hasattr(handle._module, "next"):
+            return Abstract(None, Method(base, name), span=op.span)
         if name == "skip":
             return Abstract(None, Method(base, name), span=op.span)
         value = self._attention(base, name, op.span)
@@ -306,8 +309,9 @@ class Evaluator(Items):
         if name in ("result", "output") and self.specialiser.forward is not None:
             if self.specialiser.forward.result != forward:
                 self.specialiser.fail(op.span, f"`.{name}` belongs to a forward that is not running here")
-            module = self.specialiser.forward.module
-            return self._read(op, self._module_value(module.handle._root, module, op.span), "output")
+            running = self.specialiser.forward
+            port = "result" if running.op.method == "generate" else "output"
+            return self._read(op, self._module_value(running.module.handle._root, running.module, op.span), port)
         return Abstract(None, Method(base, name), span=op.span)
 
     def _read(self, op: ops.Attribute | ops.Read, base: Abstract, port: str) -> Abstract:
@@ -319,8 +323,17 @@ class Evaluator(Items):
         module, call, rows = self.specialiser.site(base, op.span)
         result = self.specialiser.builder.fresh(op.result.name)
         span = self.specialiser.span(op)
-        self.specialiser.emit(ops.Read(result, module, _port(port), call, rows, span=span))
+        self._access(base, ops.Read(result, module, _port(port), call, rows, span=span))
         return Abstract(result, None, NO_LOOPS, 2, span, True)
+
+    def _access(self, base: Abstract, access: ops.Read | ops.Write) -> None:
+        """Emits an access to a site, at the step that `.next()` named."""
+        module = base.fact.module if isinstance(base.fact, SiteCalls) else base.fact
+        assert isinstance(module, SiteModule)
+        if module.step is None:
+            self.specialiser.emit(access)
+        else:
+            self.specialiser.emit(steps_op(self.specialiser, module.step, module.step + 1, (access,), access.span))
 
     def set_attribute(self, op: ops.SetAttribute | ops.Write, base: Abstract, name: str, value: Abstract) -> None:
         self.resolved(base)
@@ -340,7 +353,7 @@ class Evaluator(Items):
             case SiteModule() | SiteCalls(call=int()) if name in PORTS:
                 module, call, rows = self.specialiser.site(base, op.span)
                 new = self.specialiser.use(value)
-                self.specialiser.emit(ops.Write(module, _port(name), new, call, rows, span=span))
+                self._access(base, ops.Write(module, _port(name), new, call, rows, span=span))
                 return
             case SiteModule() | SiteCalls(call=int()) if name in STREAM:
                 write_stream(self, op, base, name, value)
@@ -450,9 +463,10 @@ class Evaluator(Items):
 
 
 def _port(name: str) -> ops.Port:
-    if name == "output":
-        return "output"
-    return "input" if name == "input" else "inputs"
+    match name:
+        case "output" | "input" | "result":
+            return name
+    return "inputs"
 
 
 def _reads_plainly(kind: Any) -> bool:

@@ -74,11 +74,13 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class SiteModule:
-    """A module of a model. `model` is the value of the specialised program that holds the model."""
+    """A module of a model. `model` is the value of the specialised program that holds the model; `step` the step of a
+    generation that is meant, where `.next()` named one."""
 
     handle: Any
     model: Value
     text: str
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,17 @@ class Recording:
     """What `tracer.cache(…)` gives: filled while the forward runs, and read after it."""
 
     forward: Value
+
+
+@dataclass(frozen=True, slots=True)
+class StepRange:
+    """Steps of the generation that a tracer stands for: these numbers, or those from `start` to `stop` (open-ended
+    where it is `None`)."""
+
+    forward: Value
+    start: int = 0
+    stop: int | None = None
+    numbers: tuple[int, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -183,8 +196,9 @@ class Iteration:
 
 
 Fact = (
-    Known | SiteModule | SiteCalls | Tracer | OpenSession | Recording | Elements | Method | Function | Iteration | None
-)
+    Known | SiteModule | SiteCalls | Tracer | OpenSession | Recording | StepRange | Elements | Method | Function
+    | Iteration | None
+)  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -22,17 +22,18 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
-from nnsight_compiler.ir.ops import Op, Region
+from nnsight_compiler.ir.ops import Op, Read, Region, Steps
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.traverse import rewrite, walk
-from nnsight_compiler.ir.types import Dimension, TensorType
+from nnsight_compiler.ir.traverse import definitions, rewrite, walk
+from nnsight_compiler.ir.types import Dimension, TensorType, Type
 from nnsight_compiler.ir.values import Value
-from nnsight_compiler.passes.meta_run import MetaRun
+from nnsight_compiler.passes.meta_run import MetaRun, only_first
 from nnsight_compiler.passes.meta_values import Found, Restart, Shape, Size, Source
 from nnsight_compiler.passes.shapes import Extent, Extents, Surroundings
 from nnsight_compiler.passes.sites import forwards
@@ -71,7 +72,7 @@ def infer(program: Program, surroundings: Surroundings, extents: Extents) -> Pro
     types = dict(_types([run.shapes for run in runs], settings, exact))
     if exact and runs[0].mistakes:
         raise CompileError([_told(mistake, types) for mistake in runs[0].mistakes])
-    return _typed(program, types)
+    return _typed(program, _of_steps(program, types))
 
 
 def _settings(known: Mapping[str, Extent], exact: bool) -> Iterator[dict[str, Size]]:
@@ -155,6 +156,34 @@ def _axis(found: Sequence[int], settings: Sequence[Mapping[str, Size]]) -> str |
         if len(each.varies) == 2 and found == [row * token for row, token in zip(rows, tokens, strict=True)]:
             return "rows*tokens"
     return None
+
+
+def _of_steps(program: Program, types: dict[str, TensorType]) -> dict[str, TensorType]:
+    """The types without what does not hold for later steps of a generation: there, prompts are of one token, or of
+    any number."""
+    found = dict(types)
+    for steps in program.walk():
+        if not isinstance(steps, Steps) or only_first(steps):
+            continue
+        for value in definitions(steps.body):
+            found.pop(value.name, None)
+        for op in walk(steps.body):
+            if isinstance(op, Read) and op.result.name in types:
+                found[op.result.name] = at_later_steps(types[op.result.name])
+    return found
+
+
+Known = TypeVar("Known", bound=Type)
+
+
+def at_later_steps(known: Known) -> Known:
+    """The type of what a site gives, without how many tokens the first step has."""
+    if not isinstance(known, TensorType) or known.shape is None:
+        return known
+    return replace(
+        known,
+        shape=tuple(replace(each, size=None) if "tokens" in (each.axis or "") else each for each in known.shape),
+    )
 
 
 def _typed(program: Program, types: dict[str, TensorType]) -> Program:

@@ -36,6 +36,7 @@ from nnsight_compiler.passes.facts import (
     Known,
     SiteCalls,
     SiteModule,
+    StepRange,
     immutable,
 )
 from nnsight_compiler.passes.inline import Unreachable
@@ -98,6 +99,8 @@ class Forwarding:
     invoke: the invoke whose body is being interpreted, and `rows` its result, where it brings an input.
     invokes: those that bring one so far, without their bodies, each with its input where that is known.
     changes: what its body changes; facts hold on inside it, since no stage can begin there.
+    steps: the loop over steps that is being interpreted.
+    nexts: how often `.next()` was said of the tracer (under the empty path) and of each module.
     """
 
     result: Value
@@ -112,6 +115,8 @@ class Forwarding:
     rows: Value | None = None
     invokes: list[tuple[ops.Invoke, tuple[tuple[Any, ...], dict[str, Any]] | None]] = field(default_factory=list)
     changes: Changes = field(default_factory=Changes)
+    steps: Op | None = None
+    nexts: dict[str, int] = field(default_factory=dict)
 
 
 class Interpretation:
@@ -134,6 +139,8 @@ class Interpretation:
         self.parts: dict[str, Part] = {}
         self.conditions: list[tuple[int, Abstract]] = []
         self.rolled: list[int] = []
+        self.over: set[int] = set()
+        """The loops over steps: what depends on the number of a step may stay a condition of the run."""
         self.unrolling: list[Op] = []
         self.inlined: list[str] = []
         self.closures = 0
@@ -270,6 +277,18 @@ class Interpretation:
         """Called where a value must be known and is not: unrolling a loop, or a stage that begins later, helps."""
         raise NotImplementedError
 
+    def over_steps(self, op: ops.For, steps: StepRange) -> Completion | None:
+        """A loop over steps of a generation."""
+        raise NotImplementedError
+
+    def in_steps(self, op: ops.With, steps: StepRange) -> Completion | None:
+        """A `with` around what happens at steps of a generation."""
+        raise NotImplementedError
+
+    def complete(self, made: list[Op]) -> list[Op]:
+        """The body of a forward, once all of it is interpreted."""
+        raise NotImplementedError
+
     def made_inside(self, value: Abstract) -> bool:
         """Whether a value depends on what the body of the forward around makes: values of the model, host calls."""
         raise NotImplementedError
@@ -295,8 +314,9 @@ class Interpretation:
         for identity, condition in self.conditions:
             if isinstance(condition.fact, Known):
                 raise Undecided(fold={identity})
-            if condition.loops - self.decisions.roll and not condition.at_run:
-                raise Undecided(unroll=set(condition.loops))
+            loops = condition.loops - self.decisions.roll - self.over
+            if loops and not condition.at_run:
+                raise Undecided(unroll=set(loops))
 
     def site(self, value: Abstract, span: Span) -> tuple[Module, int | None, Value | None]:
         """The module that an access names, as an operand, its call index, and the invoke whose rows are meant."""

@@ -20,18 +20,20 @@ from nnsight_compiler.passes.facts import (
     Recording,
     SiteCalls,
     SiteModule,
+    StepRange,
     Tracer,
     constant,
     holds_values,
     immutable,
     is_handle,
 )
+from nnsight_compiler.passes.step_ranges import StepRanges
 
 if TYPE_CHECKING:
     from nnsight_compiler.passes.interpretation import Interpretation
 
 
-class Items:
+class Items(StepRanges):
     """Finds the items of what is known: modules of the model, containers of the program, values of arguments."""
 
     def __init__(self, specialiser: Interpretation) -> None:
@@ -85,7 +87,7 @@ class Items:
         return self.specialiser.unknown(value, span, "which model runs")
 
     def _module_value(self, handle: Any, parent: SiteModule, span: Span) -> Abstract:
-        fact = SiteModule(handle, parent.model, parent.text)
+        fact = SiteModule(handle, parent.model, parent.text, parent.step)
         return Abstract(Module(parent.model, handle._path), fact, span=span)
 
     # --- items ---
@@ -110,12 +112,8 @@ class Items:
         match base.fact:
             case SiteModule(handle=handle):
                 return self._submodule(op, base.fact, handle, index)
-            case Method(receiver=Abstract(fact=Tracer())):
-                self.specialiser.fail(
-                    op.span,
-                    "steps of a generation are part of the language, but this version does not run them yet",
-                    "run one `with model.trace(…)` for each token",
-                )
+            case Method(receiver=Abstract(fact=Tracer() as tracer), name="iter"):
+                return self.step_item(op, tracer, index)
             case SiteCalls(module=module, call=None):
                 number = self.specialiser.demand(index, op.span, "the number of the call")
                 if isinstance(number, slice):
@@ -265,7 +263,7 @@ class Items:
         """Whether iterating gives modules of the model, so that a loop over it must be unrolled."""
         self.resolved(value)
         match value.fact:
-            case SiteModule() | SiteCalls() | Tracer():
+            case SiteModule() | SiteCalls() | Tracer() | StepRange():
                 return True
             case Elements(items=list() as items):
                 return any(map(self.mentions_modules, items))
@@ -276,6 +274,11 @@ class Items:
     def iterate(self, value: Abstract, span: Span) -> list[Abstract]:
         """The items of an iterable, for a loop that is unrolled."""
         self.resolved(value)
+        if self.steps_of(value, span) is not None:
+            way_out = "write `for step in tracer.iter[…]:`"
+            self.specialiser.fail(
+                span, "steps of a generation are looped over, and are no values of their own", way_out
+            )
         match value.fact:
             case SiteModule(handle=handle) as module:
                 self.specialiser.guards.add(

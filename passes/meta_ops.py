@@ -217,7 +217,7 @@ class MetaOps(MetaValues):
         return site, self.sites[site]
 
     def _held(self, size: Size | None, site: Site, op: ops.Read | ops.Write) -> Any:
-        if size is None:
+        if size is None or op.port == "result":
             return UNKNOWN
         held = copied(size.sites.value(site[1], op.port, site[3], size.rows, size.tokens))
         for each in inside(held):

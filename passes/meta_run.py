@@ -13,7 +13,7 @@ from typing import Literal as OneOf
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.traverse import defined, regions, used, walk
-from nnsight_compiler.ir.values import Value
+from nnsight_compiler.ir.values import Literal, Value
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.meta_operators import truth
 from nnsight_compiler.passes.meta_ops import MetaOps
@@ -33,6 +33,11 @@ def _parameters(region: Region) -> Iterator[str]:
     for op in region.ops:
         for inner in regions(op):
             yield from _parameters(inner)
+
+
+def only_first(steps: ops.Steps) -> bool:
+    """Whether these steps are the first of a generation alone."""
+    return (steps.start, steps.stop) == (Literal(0), Literal(1))
 
 
 class MetaRun(MetaOps):
@@ -83,6 +88,8 @@ class MetaRun(MetaOps):
             case ops.Backward():
                 how, values = self._region(op.body)
                 return (how, values) if how == "leave" else None
+            case ops.Steps():
+                self._steps(op)
             case ops.Closure():
                 self._closure(op)
             case _:
@@ -140,6 +147,25 @@ class MetaRun(MetaOps):
         how, values = self._region(op.body)
         self.forward = outer
         return (how, values) if how == "leave" else None
+
+    def _steps(self, op: ops.Steps) -> None:
+        """Steps of a generation. The first is as large as the prompt; of what later ones make, no size is known."""
+        if only_first(op):
+            self._bind(op.body.parameters, (0,))
+            self._region(op.body)
+            return
+        self._lose_changed(op)
+        outer, self.sites = self.sites, {}
+        with self.maybe():
+            self._bind(op.body.parameters, (UNKNOWN,))
+            self._region(op.body)
+        self.sites = outer
+        inside = list(walk(op.body))
+        for each in inside:
+            for value in defined(each):
+                self.values[value.name] = UNKNOWN
+            if isinstance(each, ops.Store) and isinstance(each.cell, Value):
+                self.store(each.cell.name, UNKNOWN, always=True)
 
     def _loop(self, op: ops.For | ops.While) -> None:
         self._lose_changed(op)

@@ -30,7 +30,7 @@ class Outliving(Schedule):
                 if not self._live(value):
                     continue
                 maker = self.makers[value.name]
-                if maker is entry or (maker.time == entry.time and not self._stores(entry, value)):
+                if maker is entry or (maker.beside(entry) and not self._stores(entry, value)):
                     continue
                 if isinstance(entry.op, ops.Skip) and self._passes_on(maker, entry):
                     continue
@@ -70,7 +70,10 @@ class Outliving(Schedule):
         roots = self.memory.named(value)
         if self._sites(roots):
             return False
-        after = [each for each in self.entries if each.order > write.order or each.time > write.time]
+        maker = self.makers.get(value.name)
+        if write.steps is not None and maker is not None and not maker.along(write):
+            return bool(roots)  # the next step gives it to the model again
+        after = [each for each in self.entries if each.order > write.order or each.last > write.last]
         if any(
             not each.merge and in_place(each.op, self.memory) and targets(each.op, self.memory) & roots
             for each in after
@@ -86,7 +89,7 @@ class Outliving(Schedule):
         """A copy of a value for the model alone."""
         given = self.placement.builder.fresh(value.name)
         save = ops.Save(given, value, span=write.op.span)
-        entry = Entry(save, (write.order[0], -1), write.frames, time=write.time)
+        entry = Entry(save, (write.order[0], -1), write.frames, steps=write.steps, step=write.step, time=write.time)
         self.entries.append(entry)
         self.makers[given.name] = entry
         self.detached.add(given.name)
@@ -122,7 +125,7 @@ class Outliving(Schedule):
         """Whether an op puts the value where it outlives its site: into a container, an object, a cell, a closure."""
         match entry.op:
             case ops.Build(result=result, kind="list" | "dict" | "set"):
-                return self._outlives(result, entry.time)
+                return self._outlives(result, entry)
             case ops.Call() as op:
                 known = self.memory.origins.known(op)
                 if known is None or known.behaviour is not Behaviour.CONTAINER:
@@ -163,12 +166,12 @@ class Outliving(Schedule):
             case ops.SetGlobal(value=value):
                 yield from dict.fromkeys(values_in(value))
 
-    def _outlives(self, container: Value, time: int) -> bool:
+    def _outlives(self, container: Value, maker: Entry) -> bool:
         """Whether a container is used after the site where it is made, or changed, or held by something else."""
         if container.name in self.placement.used_outside or self.memory.escaped(container):
             return True
         users = [each for each in self.entries if any(value == container for value in self._uses(each))]
-        return any(each.time != time for each in users)
+        return not all(map(maker.beside, users))
 
     def _own(self, value: Value) -> frozenset[Root]:
         """The storages of the program's own that a value may be."""
@@ -191,13 +194,20 @@ class Outliving(Schedule):
             if maker.order[0] < each.order[0] < before and not each.merge and self._changes(each.op) & own
         ]
         after = max([maker, *writes], key=lambda each: each.order)
-        time = max(each.time for each in (maker, *writes)) if own else maker.time
+        late = max((maker, *writes), key=lambda each: each.last) if own else maker
+        apart = not late.along(maker)
+        frames = (
+            tuple(frame for frame in maker.frames if not isinstance(frame.op, ops.Steps)) if apart else maker.frames
+        )
+        step, time = late.last if apart else (late.step, late.time)
         key = (value.name, after.order[0])
         if key not in self.copies:
             kept = self.placement.builder.fresh(value.name)
             self.copies[key] = kept
             save = ops.Save(kept, value, span=maker.op.span)
-            entry = Entry(save, (after.order[0], 1 + len(self.copies)), maker.frames, time=time)
+            steps = None if apart else maker.steps
+            order = after.order[0], 1 + len(self.copies)
+            entry = Entry(save, order, frames, steps=steps, step=step, time=time)
             entry.needs.append(maker)
             self.entries.append(entry)
             self.makers[kept.name] = entry

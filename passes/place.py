@@ -32,11 +32,12 @@ from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.substitute import substitute
 from nnsight_compiler.ir.traverse import defined, definitions, regions, rewrite, used
-from nnsight_compiler.ir.values import UNBOUND, Module, Operand, Value, values_in
-from nnsight_compiler.passes.entries import BEFORE, Entry
+from nnsight_compiler.ir.values import UNBOUND, Literal, Module, Operand, Value
+from nnsight_compiler.passes.entries import BEFORE, Entry, Frame
 from nnsight_compiler.passes.memory import Memory
 from nnsight_compiler.passes.outliving import Outliving
 from nnsight_compiler.passes.sites import (
+    RESULT,
     Orders,
     forwards,
 )
@@ -94,6 +95,11 @@ class Placement:
                 made.append(rewrite(op, region=self._region))
         return Region(region.parameters, tuple(made))
 
+    def enters_again(self, owner: ops.With) -> bool:
+        """Whether a context may be entered several times, each time for a part of what it covers."""
+        made = (op for op in self.program.walk() if any(value == owner.context for value in defined(op)))
+        return any(isinstance(op, ops.Call) and op.target in ENTERED_AGAIN for op in made)
+
     def _renamed(self, region: Region, home: str) -> Region:
         """The region, taking the copies of values that left other forwards."""
 
@@ -119,12 +125,14 @@ class _Pieces(Outliving):
                 self._time(entry)
         for entry in self.entries:
             if entry.follows is not None:
-                entry.time = entry.follows.time
+                entry.step, entry.time = entry.follows.step, entry.follows.time
         self._check_stops()
         self._copy()
         self._require_inputs()
+        if self.forward.method == "generate":
+            self._name_steps()
         slots: dict[int, list[Entry]] = defaultdict(list)
-        for entry in sorted(self.entries, key=lambda each: (each.last, each.order)):
+        for entry in sorted(self.entries, key=lambda each: (each.closes, each.order)):
             slots[entry.time].append(entry)
         self._note_uses()
         before = self._gather(slots.pop(BEFORE, []), 0)
@@ -158,14 +166,37 @@ class _Pieces(Outliving):
                 related = ((late.op.span, "this runs within the forward"),)
                 raise CompileError([Diagnostic(invoke.span, reason, way_out, related)])
 
+    def _name_steps(self) -> None:
+        """Has what happens once say at which step."""
+        once: dict[float, Frame] = {}
+        for entry in self.entries:
+            if entry.steps is None and entry.time not in (BEFORE, RESULT):
+                if entry.step not in once:
+                    step = int(entry.step)
+                    parameter = self.placement.builder.fresh("step")
+                    steps = ops.Steps(
+                        self.forward.result,
+                        Literal(step),
+                        Literal(step + 1),
+                        Region((parameter,)),
+                        span=entry.op.span,
+                    )
+                    once[entry.step] = Frame(steps)
+                entry.frames = (once[entry.step], *entry.frames)
+
+    def _steps(self, owner: ops.Steps, piece: list[Entry], depth: int) -> ops.Steps:
+        (parameter,) = owner.body.parameters
+        number = self.placement.builder.fresh(parameter.name)
+        body = substitute(Region((), tuple(self._gather(piece, depth + 1))), {parameter: number})
+        return replace(owner, body=Region((number,), body.ops))
+
     def _note_uses(self) -> None:
         self.users: dict[str, list[Entry]] = defaultdict(list)
         for entry in self.entries:
             for value in self._uses(entry):
                 self.users[entry.changes.get(value.name, value).name].append(entry)
             for frame in entry.frames:
-                operand = frame.op.condition if isinstance(frame.op, ops.If) else frame.op.context
-                for value in values_in(operand):
+                for value in frame.uses:
                     self.users[value.name].append(entry)
 
     def _gather(self, entries: list[Entry], depth: int) -> list[Op]:
@@ -183,14 +214,18 @@ class _Pieces(Outliving):
             while end < len(entries) and self._owner(entries[end], depth) is owner:
                 end += 1
             piece = entries[index:end]
-            made.append(
-                self._condition(owner, piece, depth) if isinstance(owner, ops.If) else self._with(owner, piece, depth)
-            )
+            match owner:
+                case ops.If():
+                    made.append(self._condition(owner, piece, depth))
+                case ops.With():
+                    made.append(self._with(owner, piece, depth))
+                case ops.Steps():
+                    made.append(self._steps(owner, piece, depth))
             index = end
         return made
 
     @staticmethod
-    def _owner(entry: Entry, depth: int) -> ops.If | ops.With | None:
+    def _owner(entry: Entry, depth: int) -> ops.If | ops.With | ops.Steps | None:
         if len(entry.frames) > depth:
             return entry.frames[depth].op
         if entry.merge:
@@ -215,9 +250,9 @@ class _Pieces(Outliving):
         others = [
             entry
             for entry in self.entries
-            if id(entry) not in inside and len(entry.frames) > depth and entry.frames[depth].op is owner
+            if id(entry) not in inside and any(frame.op is owner for frame in entry.frames)
         ]
-        if others and not self._enters_again(owner):
+        if others and not self.placement.enters_again(owner):
             first, other = sorted((piece[0], others[0]), key=lambda entry: entry.time)
             raise CompileError(
                 [
@@ -233,11 +268,6 @@ class _Pieces(Outliving):
         if any(entry.time < piece[0].time for entry in others):
             result = self.placement.builder.fresh(owner.result.name)
         return replace(owner, result=result, body=Region((), tuple(self._gather(piece, depth + 1))))
-
-    def _enters_again(self, owner: ops.With) -> bool:
-        """Whether a context may be entered several times, each time for a part of what it covers."""
-        made = (op for op in self.placement.program.walk() if any(value == owner.context for value in defined(op)))
-        return any(isinstance(op, ops.Call) and op.target in ENTERED_AGAIN for op in made)
 
     def _condition(self, owner: ops.If, piece: list[Entry], depth: int) -> ops.If:
         merge = next(

@@ -344,7 +344,8 @@ class PointsTo:
             case ops.Cache(result=result):
                 self._add(result, {Fresh(result.name)})  # what is recorded are copies
             case (
-                ops.Record() | ops.Format() | ops.Delete() | ops.Raise() | ops.Stop() | ops.Require() | ops.Track()
+                ops.Record() | ops.Format() | ops.FromEnd() | ops.Delete() | ops.Raise() | ops.Stop() | ops.Require()
+                | ops.Track()
             ):  # fmt: skip
                 pass
             case _:

@@ -5,13 +5,15 @@ What reads or writes a site runs there. A write that needs what only a later sit
 
 from __future__ import annotations
 
+import math
 from typing import NoReturn
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.passes.entries import BEFORE, Body, Entry
-from nnsight_compiler.passes.sites import Place, locate, place_of
+from nnsight_compiler.passes.moments import first_step, last_step
+from nnsight_compiler.passes.sites import RESULT, Place, locate, place_of
 
 
 class Schedule(Body):
@@ -21,31 +23,82 @@ class Schedule(Body):
         op = self.originals.get(id(entry.op), entry.op)
         if not entry.merge:
             entry.pin = self._pin(entry, op)
-        entry.time = max((need.time for need in entry.needs), default=BEFORE)
-        if entry.time == BEFORE and not entry.merge and self._changes(op) & self.given:
-            start = locate("", "input", None, op.span, self.order)
-            self.places[start.time] = start
-            entry.time = start.time  # the model has what it was given before the body changes it
-        if isinstance(op, ops.Stop):
-            self._stop(entry)
-        if entry.pin is None:
+        if entry.pin is not None and entry.pin.time == RESULT:  # there is one, whatever steps are around
+            entry.steps, entry.frames = None, tuple(each for each in entry.frames if not isinstance(each.op, ops.Steps))
+        moment = max((entry.after(need) for need in entry.needs), default=(0, BEFORE))
+        if moment[1] == BEFORE and not entry.merge and self._changes(op) & self.given:
+            moment = moment[0], self._start(op)  # the model has what it was given before the body changes it
+        if entry.steps is not None and entry.pin is None and not _often(entry) and moment[0] > first_step(entry.steps):
+            # What happens once, and touches no site, may wait for what it needs.
+            entry.steps, entry.frames = None, entry.frames[1:]
+        if entry.steps is not None:
+            entry.step = first_step(entry.steps)
+            moment = max(moment, (entry.step, self._start(op)))
+        elif entry.pin is not None:
+            entry.step = self._step_of(entry, op, entry.pin)
+        else:
+            entry.step, entry.time = moment
+            self._after_all(entry, op)
+            if isinstance(op, ops.Stop):
+                self._stop(entry)
             return
-        if entry.time > entry.pin.time and isinstance(op, ops.Read):
-            # To read changes nothing: under a condition that is known only later, it is done in any case.
-            entry.frames, entry.needs = (), []
-        elif entry.time > entry.pin.time:
-            self._refuse(entry)
-        entry.time = entry.pin.time
+        time = moment[1] if entry.pin is None else entry.pin.time
+        if moment > (entry.step, time):
+            if isinstance(op, ops.Read):
+                # To read changes nothing: under a condition that is known only later, it is done in any case.
+                entry.frames = tuple(frame for frame in entry.frames if isinstance(frame.op, ops.Steps))
+                entry.needs = []
+            elif moment[0] > entry.step:
+                self._refuse_steps(entry)
+            else:
+                self._refuse(entry)
+        entry.time = time
+
+    def _start(self, op: Op) -> int:
+        """When the model begins to run."""
+        start = locate("", "input", None, op.span, self.order)
+        self.places[start.time] = start
+        return start.time
+
+    def _after_all(self, entry: Entry, op: Op) -> None:
+        """Has what needs the last step of an open-ended loop run when there are no more steps."""
+        if entry.step == math.inf:
+            entry.time = RESULT
+            self.places[RESULT] = locate("", "result", None, op.span, self.order)
+
+    def _step_of(self, entry: Entry, op: Op, pin: Place) -> float:
+        """The step of an access outside of all loops over steps: the first, or the one of the value that it changes."""
+        if pin.time == RESULT:
+            return math.inf
+        if isinstance(op, (ops.Read, ops.Write, ops.Skip)):
+            return 0
+        return max((each.step for each in self._changed_reads(entry)), default=0)
+
+    def _changed_reads(self, entry: Entry) -> list[Entry]:
+        """The reads of the sites whose values an entry changes in place."""
+        changed = set(self._sites(self._changes(entry.op)))
+        waiting = [value for value in self._uses(entry) if changed.intersection(self.memory.named(value))]
+        found: list[Entry] = []
+        seen: set[str] = set()
+        while waiting:
+            value = waiting.pop()
+            if value.name in seen or value.name not in self.makers:
+                continue
+            seen.add(value.name)
+            maker = self.makers[value.name]
+            if isinstance(maker.op, ops.Read) and changed.intersection(self.memory.named(maker.op.result)):
+                found.append(maker)
+            waiting += [each for each in self._uses(maker) if changed.intersection(self.memory.named(each))]
+        return found
 
     def _stop(self, entry: Entry) -> None:
         """The forward ends at the last site of what precedes this in the source, after all that happens there."""
-        entry.time = max([entry.time, *(each.time for each in self.entries if each.order < entry.order)])
+        moments = [(each.step, each.time) for each in self.entries if each.order < entry.order]
+        entry.step, entry.time = max([(entry.step, entry.time), *moments])
         if entry.time == BEFORE:
-            start = locate("", "input", None, entry.op.span, self.order)
-            self.places[start.time] = start
-            entry.time = start.time
+            entry.time = self._start(entry.op)
         self.stops.append(entry)
-        entry.last = True
+        entry.closes = True
 
     def _check_stops(self) -> None:
         """Refuses accesses that a forward would have to come to after it was stopped."""
@@ -53,7 +106,7 @@ class Schedule(Body):
             if any(isinstance(frame.op, ops.If) for frame in stop.frames):
                 continue
             for entry in self.entries:
-                if entry.pin is not None and entry.pin.time > stop.time:
+                if entry.pin is not None and (entry.step, entry.pin.time) > (stop.step, stop.time):
                     raise CompileError(
                         [
                             Diagnostic(
@@ -88,8 +141,43 @@ class Schedule(Body):
                 ]
             )
         (site,) = sites
+        self._check_steps(entry)
         self.writers[site.path, site.port, site.call].append(entry)
         return site
+
+    def _check_steps(self, entry: Entry) -> None:
+        """Refuses an in-place write to the value of a site at another step: the model has gone on."""
+        reads = self._changed_reads(entry)
+        wrong = [each for each in reads if not each.along(entry) and (entry.steps is not None or _often(each))]
+        if not wrong and len({each.step for each in reads}) < 2:
+            return
+        read = (wrong or reads)[0]
+        raise CompileError(
+            [
+                Diagnostic(
+                    entry.op.span,
+                    "this changes in place what was read at another step, and the model has gone on by then",
+                    "read the value at the step at which it is changed",
+                    ((read.op.span, f"it is read here, at {_steps(read)}"),),
+                )
+            ]
+        )
+
+    def _refuse_steps(self, entry: Entry) -> NoReturn:
+        """The error of what needs a later step than its own."""
+        need = max(entry.needs, key=entry.after)
+        late = "the last step, of which it is not known which one it is" if need.last[0] == math.inf else _steps(need)
+        raise CompileError(
+            [
+                Diagnostic(
+                    entry.op.span,
+                    f"this happens at {_steps(entry)}, but needs what happens at {late}",
+                    "use it after the loop, for something that needs no earlier step; or take it from a generation of"
+                    " its own",
+                    ((need.op.span, "this is needed"),),
+                )
+            ]
+        )
 
     def _refuse(self, entry: Entry) -> NoReturn:
         """The error of a write that needs what only a later site gives: both lines, and the way between them."""
@@ -120,6 +208,20 @@ class Schedule(Body):
                 )
             ]
         )
+
+
+def _often(entry: Entry) -> bool:
+    return entry.steps is not None and last_step(entry.steps) > first_step(entry.steps)
+
+
+def _steps(entry: Entry) -> str:
+    """The steps of an entry, for a message."""
+    if entry.steps is None:
+        return f"step {entry.step}" if entry.step != math.inf else "the end of the generation"
+    first, last = first_step(entry.steps), last_step(entry.steps)
+    if last == math.inf:
+        return f"step {first} and each later one" if first else "every step"
+    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _spelled(place: Place) -> str:

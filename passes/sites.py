@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal as OneOf
@@ -16,9 +17,13 @@ from nnsight_compiler.ir.traverse import regions, used, walk
 from nnsight_compiler.ir.values import Module
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.memory import Memory, Root, Site, Weight
+from nnsight_compiler.passes.moments import Moment, first_step, last_step, with_steps
 from nnsight_compiler.passes.roots import is_outside
 
-EventPort = OneOf["output", "skip", "input"]
+PlacePort = OneOf["output", "skip", "input", "result"]
+
+RESULT = 1 << 62
+"""The time of what a generation returns: after everything."""
 
 ATTENTION_VALUES = ("pattern", "scores", "q", "k", "v", "z")
 """What attention modules compute, by names that are the same on every architecture."""
@@ -56,15 +61,15 @@ class Place:
     even; a module is skipped just after its input."""
 
     path: str
-    port: EventPort
+    port: PlacePort
     call: int | None
     time: int
 
 
-def event_port(port: str) -> EventPort:
+def event_port(port: str) -> PlacePort:
     """Where a port lives: `input` and `inputs` are the same event."""
     match port:
-        case "output" | "skip":
+        case "output" | "skip" | "result":
             return port
         case _:
             return "input"
@@ -81,8 +86,10 @@ def place_of(op: ops.Read | ops.Write | ops.Skip, order: Order) -> Place:
     return locate(op.module.path, port, op.call, op.span, order)
 
 
-def locate(path: str, port: EventPort, call: int | None, span: Span, order: Order) -> Place:
+def locate(path: str, port: PlacePort, call: int | None, span: Span, order: Order) -> Place:
     """The place of a site in the forward; errors point to `span`."""
+    if port == "result":
+        return Place(path, port, None, RESULT)
     count = order.count(path)
     name = path or "the model"
     if count == 0 and ":" in path:
@@ -277,15 +284,20 @@ def _written_through(program: Program, body: list[Op], memory: Memory) -> Iterat
 def _unnoticed(
     program: Program, forward: ops.Forward, body: list[Op], places: dict[int, Place], memory: Memory, order: Order
 ) -> Iterator[Diagnostic]:
+    around = {id(op): steps for op, steps in with_steps(forward.body)}
     reads = [op for op in body if isinstance(op, ops.Read)]
+    last = {id(op): _last(around[id(op)], places[id(op)].time) for op in reads}
     later = [op for op in walk(program.body)]
     index = {id(op): number for number, op in enumerate(later)}
     for op in body:
         times = _written(op, forward, places, memory, order)
         if not times:
             continue
+        steps = around[id(op)]
+        begins = 0 if steps is None else first_step(steps)
         sites = {root for root in memory.writes(op) if isinstance(root, Site) and root.forward == forward.result.name}
-        if any(places[id(read)].time > min(times) and memory.overlap(memory.reads(read), sites) for read in reads):
+        first = begins, min(times)
+        if any(last[id(read)] > first and memory.overlap(memory.reads(read), sites) for read in reads):
             continue
         noticed = any(
             memory.roots(value) & sites
@@ -300,6 +312,11 @@ def _unnoticed(
                 f"this {what} can reach nothing: nothing is read from the model after it",
                 "read or save something that it changes, such as `model.output`, in the same `with`",
             )
+
+
+def _last(steps: ops.Steps | None, time: int) -> Moment:
+    """When an access happens for the last time."""
+    return (math.inf if time == RESULT else 0 if steps is None else last_step(steps)), time
 
 
 def _written(op: Op, forward: ops.Forward, places: dict[int, Place], memory: Memory, order: Order) -> list[int]:

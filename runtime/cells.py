@@ -102,7 +102,7 @@ def _note(op: Op, function: Region, modelled: bool, found: dict[str, _Facts]) ->
             facts.captured |= not at_home
             facts.escapes |= modelled
             if isinstance(op, Load):
-                facts.names.add(op.name)
+                facts.names.add(op.name or "")
             elif isinstance(op.value, Unbound):
                 facts.emptied = True
             else:

@@ -212,7 +212,8 @@ class Expressions:
 
     def looks_first(self, op: Load) -> bool:
         """Whether the cell that is loaded may be empty, and Python would not tell."""
-        return not (isinstance(op.cell, Value) and op.cell.name in self.cells.full | self.cells.plain)
+        full = isinstance(op.cell, Value) and op.cell.name in self.cells.full | self.cells.plain
+        return op.name is not None and not full
 
     def _display(self, op: Build, span: Span) -> ast.expr:
         if op.kind == "dict":

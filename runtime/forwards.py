@@ -19,6 +19,7 @@ from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
+from nnsight_compiler.runtime.generation import Asked, Generation, Steps, covers
 from nnsight_compiler.runtime.gradients import recorded
 from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
@@ -39,6 +40,9 @@ class Runnable(Protocol):
     def _ready(self) -> nn.Module: ...
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
     def _batch(self, given: Sequence[Given], options: Mapping[str, Any]) -> Batch: ...
+    def _prepare_generation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
 
 
 class _Stop(BaseException):
@@ -55,16 +59,18 @@ class SitePlan:
 
     call: the number of the call, for a module that runs several times.
     calls: how often the module must run, where the call was counted from the end.
+    steps: in a generation, the steps at which the function does something.
     left: what is left out where the module is skipped here.
     later: what does not exist where the forward is stopped before this site.
     """
 
     path: str
-    port: OneOf["output", "skip", "input"]
+    port: OneOf["output", "skip", "input", "result"]
     call: int | None
     function: SiteFunction
     span: Span
     calls: int | None = None
+    steps: tuple[Steps, ...] = ()
     left: Left | None = None
     later: tuple[Later, ...] = ()
 
@@ -85,6 +91,7 @@ class Forward:
     invokes: for each invoke that brings input, the name in the state of its share, or nothing if no site asks for it.
     axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
     own: the paths of the modules that the body calls: where one was attached, and is trained, gradients are recorded.
+    generation: what a generation is asked for; `None` where the model runs once.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
@@ -95,9 +102,11 @@ class Forward:
         "axes",
         "brings",
         "copies",
+        "generation",
         "invokes",
         "named",
         "own",
+        "results",
         "sites",
         "span",
         "stops",
@@ -116,10 +125,13 @@ class Forward:
         axes: Callable[[Any, Given], SitesAxes] | None = None,
         wanted: Span | None = None,
         named: tuple[str, ...] = (),
+        generation: Asked | None = None,
     ) -> None:
-        self.wanted, self.named = wanted, named
-        self.sites, self.stops, self.copies, self.brings, self.span = sites, stops, copies, brings, span
+        self.sites = tuple(site for site in sites if site.port != "result")
+        self.results = tuple(site for site in sites if site.port == "result")
+        self.stops, self.copies, self.brings, self.span = stops, copies, brings, span
         self.own, self.invokes, self.axes = own, invokes, axes
+        self.wanted, self.named, self.generation = wanted, named, generation
         self._whole: set[Any] = set()
 
     def run(
@@ -137,12 +149,17 @@ class Forward:
         """
         grad = kwargs.pop("grad", False)
         root = ready(model)
-        if invokes:
-            args, kwargs = self._batched(model, invokes, kwargs, state)
-        else:
-            args, kwargs = prepared(model, args, kwargs)
         run = object()
         fired = [0] * len(self.sites)
+        generation = None
+        if self.generation is not None:
+            generation = self._generation(self.generation, root, kwargs, state, run, fired)
+        if invokes:
+            args, kwargs = self._batched(model, invokes, kwargs, state, generation)
+        elif generation is not None:
+            args, kwargs = model._prepare_generation(args, kwargs)
+        else:
+            args, kwargs = prepared(model, args, kwargs)
         shapes = _shapes(args, kwargs) if self.stops else None
         stops = shapes in self._whole and not root.training
         last = len(self.sites) - 1
@@ -152,6 +169,8 @@ class Forward:
         stopped: _Stop | None = None
         before = _ACTIVE.run
         try:
+            if generation is not None:
+                handles.append(root.register_forward_pre_hook(_step_hook(generation, run)))
             for index, site in enumerate(self.sites):
                 module = operations.operation(site.path) if ":" in site.path else self._module(root, site)
                 ends = stops and index == last
@@ -159,6 +178,8 @@ class Forward:
                     started = None if site.call is None else _Started(run)
                     if started is not None:
                         starts[index] = started
+                        if generation is not None:
+                            generation.counters.append(started)
                         handles.append(module.register_forward_pre_hook(started))
                     handles.append(
                         module.register_forward_hook(_output_hook(site, run, state, fired, index, ends, started))
@@ -177,7 +198,10 @@ class Forward:
             asked = self.wanted is not None or (records and torch.is_grad_enabled())
             around = recorded(root, self.wanted, self.named, everything=grad) if asked else torch.no_grad()
             with as_it_runs(), around:
-                root(*args, **kwargs)
+                if generation is not None:
+                    result = generation.run(root, args, kwargs)
+                else:
+                    root(*args, **kwargs)
         except _Stop as stop:
             if stop.run is not run:
                 raise
@@ -186,6 +210,37 @@ class Forward:
             _ACTIVE.run = before
             for handle in handles:
                 handle.remove()
+        if generation is not None and self.generation is not None:
+            if stopped is not None:
+                assert stopped.site is not None
+                assert stopped.where is not None
+                for site in (*self.sites, *self.results):
+                    not_reached(state, site.later, stopped.where)
+                return
+            generation.finish(self.generation.steps)
+            for site in self.results:
+                site.function(result, state)
+            return
+        self._check(root, fired, stopped, state)
+        if shapes is not None and stopped is None and all(site.calls is None for site in self.sites):
+            self._whole.add(shapes)
+
+    @staticmethod
+    def _once(root: nn.Module, site: SitePlan, step: int) -> bool:
+        """Whether a site is one of an encoder, which runs before the first step alone: a write outside of loops over
+        steps has no other there."""
+        if not step or not {(0, 1), (1, None)} <= set(site.steps):
+            return False
+        if not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+            return False
+        encoder: Any = root.get_encoder  # it is not typed
+        inside = root.get_submodule(site.path)
+        return any(module is inside for module in encoder().modules())
+
+    def _check(
+        self, root: nn.Module, fired: list[int], stopped: _Stop | None, state: Any, step: int | None = None
+    ) -> None:
+        """Refuses a forward, or a step, in which a site was not reached, or more often than the plan says."""
         for index, (site, count) in enumerate(zip(self.sites, fired, strict=True)):
             if stopped is not None and stopped.site is not None and stopped.where is not None:
                 if index > stopped.site:
@@ -193,6 +248,8 @@ class Forward:
                     continue
                 if site.calls is not None:  # how often it would have run is not known
                     continue
+            if step is not None and (not covers(site.steps, step) or (not count and self._once(root, site, step))):
+                continue
             if site.calls is not None and count != site.calls:
                 raise RunError(
                     f"{site.span}: {site} ran {count} times in this forward, but {site.calls} times in the one that"
@@ -200,11 +257,38 @@ class Forward:
                     "  way out: count from the start, as in `.calls[0]`"
                 )
             if count != 1 and (site.call is None or count <= site.call):
-                self._missed(site, count)
-        if shapes is not None and stopped is None and all(site.calls is None for site in self.sites):
-            self._whole.add(shapes)
+                self._missed(site, count, "this forward" if step is None else f"step {step} of this generation")
 
-    def _batched(self, model: Runnable, invokes: tuple[Given, ...], options: Mapping[str, Any], state: Any) -> Given:
+    def _generation(
+        self, asked: Asked, root: nn.Module, kwargs: dict[str, Any], state: Any, run: object, fired: list[int]
+    ) -> Generation:
+        """A generation that is about to run; takes from its arguments what is not the model's."""
+        on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
+
+        def settle(step: int) -> None:
+            self._check(root, fired, None, state, step)
+            fired[:] = [0] * len(fired)
+
+        def plain(ids: torch.Tensor) -> None:
+            _ACTIVE.run = None  # what it calls is the plain model
+            try:
+                on_token(ids)
+            finally:
+                _ACTIVE.run = run
+
+        advance: Callable[[int], None] = lambda step: setattr(state, asked.slot, step)  # noqa: E731
+        generation = Generation(advance, settle, None if on_token is None else plain, seed)
+        generation.check(asked.steps, root, kwargs)
+        return generation
+
+    def _batched(
+        self,
+        model: Runnable,
+        invokes: tuple[Given, ...],
+        options: Mapping[str, Any],
+        state: Any,
+        generation: Generation | None,
+    ) -> Given:
         """The arguments of the forward for a batch, each invoke's share of which goes into the state."""
         try:
             batch = model._batch(invokes, options)
@@ -216,7 +300,11 @@ class Forward:
         for name, part in zip(self.invokes, batch.parts, strict=True):
             if name:
                 setattr(state, name, Share(part, sizes))
-        return batch.args, batch.kwargs
+        if generation is None:
+            return batch.args, batch.kwargs
+        generation.sizes = sizes
+        kwargs = {name: value for name, value in batch.kwargs.items() if name != "position_ids"}
+        return model._prepare_generation(batch.args, kwargs)  # the model makes positions at each step, from the mask
 
     @staticmethod
     def _module(root: nn.Module, site: SitePlan) -> nn.Module:
@@ -233,14 +321,14 @@ class Forward:
         return any(map(_requires_grad, (*brought, *args, *kwargs.values())))
 
     @staticmethod
-    def _missed(site: SitePlan, count: int) -> None:
+    def _missed(site: SitePlan, count: int, where: str) -> None:
         if count == 0:
             raise RunError(
-                f"{site.span}: {site} did not run in this forward, so what the experiment does there did not happen\n"
+                f"{site.span}: {site} did not run in {where}, so what the experiment does there did not happen\n"
                 "  way out: address a module that runs on these inputs"
             )
         raise RunError(
-            f"{site.span}: {site} ran {count} times in this forward, and what the experiment does there is meant for"
+            f"{site.span}: {site} ran {count} times in {where}, and what the experiment does there is meant for"
             " one\n"
             "  way out: say which call is meant, as in `.calls[0].output`"
         )
@@ -331,6 +419,14 @@ def _input_hook(
         if ends:
             raise _Stop(run)
         return None if result is given else result
+
+    return hook
+
+
+def _step_hook(generation: Generation, run: object) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        if _ACTIVE.run is run:
+            generation.begin()
 
     return hook
 

@@ -7,6 +7,7 @@ every other value is a local variable. The functions bear the user's file name a
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, FunctionType
@@ -21,6 +22,7 @@ from nnsight_compiler.ir.ops import (
     Backward,
     Cache,
     Call,
+    FromEnd,
     Grad,
     Gradients,
     Invoke,
@@ -37,6 +39,7 @@ from nnsight_compiler.ir.ops import (
     SetItem,
     Skip,
     Stage,
+    Steps,
     Stop,
     Track,
     Write,
@@ -47,11 +50,13 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
 from nnsight_compiler.ir.values import Module, Operand, Tuple, Value, values_in
 from nnsight_compiler.passes.inline import MODULE_CALL
+from nnsight_compiler.passes.moments import first_step, last_step
 from nnsight_compiler.passes.origins import Origins
 from nnsight_compiler.runtime import caches, gradients, observed_calls
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.forwards import Forward, Given, SitePlan, resolve
 from nnsight_compiler.runtime.functions import link
+from nnsight_compiler.runtime.generation import Asked, Wanted
 from nnsight_compiler.runtime.names import Names
 from nnsight_compiler.runtime.observe import Observation
 from nnsight_compiler.runtime.rows import Divided, SiteAxes, SitesAxes
@@ -114,6 +119,7 @@ class _Generator(Statements):
         self.stages, self.axes, self.seen = stages, axes, seen
         self.value = self.names.temporary("value")
         self.state = self.names.temporary("state")
+        self.step = self.names.temporary("step")
         self.crossing = _crossing(program)
         self.reads: dict[str, Read] = {}
         self.divided = False
@@ -147,7 +153,7 @@ class _Generator(Statements):
             axes = self.axes.found if id(op) in self.later else None
             self.forwards[id(op)] = Forward(
                 tuple(plans[id(op)]),
-                _stops(op),
+                op.method != "generate" and _stops(op),
                 copies,
                 self._brings(op),
                 op.span,
@@ -156,8 +162,9 @@ class _Generator(Statements):
                 axes,
                 wanted,
                 named,
+                Asked(self.names[self.step], _wanted(op)) if op.method == "generate" else None,
             )
-        driver = self._driver(bool(made))
+        driver = self._driver(bool(made) or any(op.method == "generate" for op in forwards))
         (run,) = link(self, [driver], globals_, closure, program.span)
         if any(op.method == "scan" for op in forwards):
             run = scanning(run, program.span)
@@ -175,7 +182,7 @@ class _Generator(Statements):
                 for value, span in made
                 if value.name in self.crossing
             )
-        return SitePlan(path, at.port, call, function, at.span, _counted_from_the_end(at), left, later)
+        return SitePlan(path, at.port, call, function, at.span, _counted_from_the_end(at), _ranges(at), left, later)
 
     def _driver(self, has_state: bool) -> ast.FunctionDef:
         program = self.program
@@ -184,8 +191,10 @@ class _Generator(Statements):
         driver = self.define(name, program.name, parameters, program.body, program.span)
         prologue: list[ast.stmt] = []
         if has_state:
-            slots = tuple(dict.fromkeys(self.names[value] for value in self.crossing.values()))
-            state = type("State", (), {"__slots__": slots, "__doc__": "The values of one call that sites share."})
+            held = (*self.crossing.values(), self.step)
+            slots = tuple(dict.fromkeys(self.names[value] for value in held))
+            # Python changes slots' names that begin with two underscores, unless the class is named by them alone.
+            state = type("_", (), {"__slots__": slots, "__doc__": "The values of one call that sites share."})
             made = ast.Call(func=self.constant("State", state), args=[], keywords=[])
             prologue.append(ast.Assign(targets=[ast.Name(self.names[self.state], ast.Store())], value=made))
         for parameter in program.parameters:
@@ -314,15 +323,22 @@ class _Generator(Statements):
             case Stop():
                 return [ast.Assign(targets=[self._value(ast.Store())], value=self.constant("stop", Stopped(op.span)))]
             case Cache():
-                given = (op.model, op.device, op.dtype, op.detach)
+                options = (op.model, op.device, op.dtype, op.detach)
                 container = self.constant("cache", caches.ActivationCache)
-                made = ast.Call(func=container, args=[self.operand(each, op.span) for each in given], keywords=[])
+                made = ast.Call(func=container, args=[self.operand(each, op.span) for each in options], keywords=[])
                 return [ast.Assign(targets=[self.target(op.result)], value=made)]
             case Record(step=step):
                 parts = [self.operand(each, op.span) for each in (op.cache, op.path)]
                 parts += [ast.Constant(op.port), self.operand(op.value, op.span), ast.Constant(op.call)]
                 parts.append(ast.Constant(None) if step is None else self.operand(step, op.span))
                 return [ast.Expr(ast.Call(func=self.constant("record", caches.record), args=parts, keywords=[]))]
+            case Steps():
+                return self._steps(op)
+            case FromEnd(result=result, index=index):
+                asked = self.constant("from_end", support.from_end)
+                parts = [self.operand(index, op.span), ast.Constant(str(op.span))]
+                made = ast.Call(func=asked, args=parts, keywords=[])
+                return [ast.Assign(targets=[self.target(result)], value=made)]
             case Save(result=result, value=value):
                 kept = self.constant("keep", support.keep)
                 made = ast.Call(func=kept, args=[self.operand(value, op.span)], keywords=[])
@@ -394,7 +410,9 @@ class _Generator(Statements):
         model = self.operand(op.model, op.span)
         positional, keyword = _arguments(op.arguments, self)
         runner = ast.Attribute(value=self.constant("forward", self.forwards[id(op)]), attr="run", ctx=ast.Load())
-        state: ast.expr = load(self.names[self.state]) if any(_placed(op)) else ast.Constant(None)
+        state: ast.expr = (
+            load(self.names[self.state]) if any(_placed(op)) or op.method == "generate" else ast.Constant(None)
+        )
         given = [model, positional, keyword, state]
         invokes = [ast.Tuple(elts=list(_arguments(each.arguments, self)), ctx=ast.Load()) for each in _invoked(op)]
         if invokes:
@@ -414,6 +432,26 @@ class _Generator(Statements):
         if op.port == "input":
             return self._of_value("read_first", [share, ast.Constant(str(op.span))])
         return self._of_value("read", [share])
+
+    def _steps(self, op: Steps) -> list[ast.stmt]:
+        """What happens at some steps of a generation."""
+        step = ast.Attribute(value=load(self.names[self.state]), attr=self.names[self.step], ctx=ast.Load())
+        (number,) = op.body.parameters
+        body: list[ast.stmt] = []
+        if self.uses[number.name]:
+            body.append(ast.Assign(targets=[self.target(number)], value=step))
+        body += self.within(op.body, self.exits)
+        start, last = first_step(op), last_step(op)
+        if last == start:
+            test = ast.Compare(left=step, ops=[ast.Eq()], comparators=[ast.Constant(start)])
+        elif last == math.inf and start == 0:
+            return body
+        elif last == math.inf:
+            test = ast.Compare(left=step, ops=[ast.GtE()], comparators=[ast.Constant(start)])
+        else:
+            bounds: list[ast.expr] = [step, ast.Constant(int(last))]
+            test = ast.Compare(left=ast.Constant(start), ops=[ast.LtE(), ast.LtE()], comparators=bounds)
+        return [ast.If(test=test, body=body or [ast.Pass()], orelse=[])]
 
     def _value(self, context: ast.expr_context | None = None) -> ast.Name:
         """The value at the site, in a site function."""
@@ -489,14 +527,31 @@ def _crossing(program: Program) -> dict[str, Value]:
     return {value.name: value for where, value in _uses(program.body, None) if home.get(value.name, where) is not where}
 
 
+def _ranges(at: At) -> tuple[tuple[int, int | None], ...]:
+    """The steps at which a site does something."""
+    return tuple(dict.fromkeys((each.start, each.stop) for _, each in _asked(at)))
+
+
+def _wanted(op: ForwardOp) -> tuple[Wanted, ...]:
+    """The steps that the program asks a generation for."""
+    return tuple(dict.fromkeys(each for at in _placed(op) for steps, each in _asked(at) if steps.asked))
+
+
+def _asked(at: At) -> Iterator[tuple[Steps, Wanted]]:
+    for op in walk(at.body):
+        if isinstance(op, Steps):
+            last = last_step(op)
+            yield op, Wanted(first_step(op), None if last == math.inf else int(last) + 1, op.span)
+
+
 def _definitions(region: Region, where: object) -> Iterator[tuple[object, Value]]:
     for op in region.ops:
         for value in defined(op):
             yield where, value
         for inner in regions(op):
             for value in inner.parameters:
-                yield where, value
-            yield from _definitions(inner, op if isinstance(op, (At, AtGradient)) else where)
+                yield op if isinstance(op, Steps) else where, value
+            yield from _definitions(inner, op if isinstance(op, (At, AtGradient, Steps)) else where)
 
 
 def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
@@ -504,7 +559,7 @@ def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
         if isinstance(op, (Read, Write, Skip)):
             held = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
             taken = [*held, *(() if op.rows is None else values_in(op.rows))]
-        elif isinstance(op, (At, Stop, Grad)):
+        elif isinstance(op, (At, Stop, Steps, Grad)):
             taken = []
         elif isinstance(op, SetGrad):
             taken = list(values_in(op.gradient))
@@ -513,7 +568,7 @@ def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
         for value in taken:
             yield where, value
         for inner in regions(op):
-            yield from _uses(inner, op if isinstance(op, (At, AtGradient)) else where)
+            yield from _uses(inner, op if isinstance(op, (At, AtGradient, Steps)) else where)
 
 
 def _model(op: Write | Skip) -> Value | None:

@@ -18,12 +18,12 @@ from torch.utils import _pytree as pytree
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.passes.assignments import described, misfit
 from nnsight_compiler.passes.rows import Part
-from nnsight_compiler.passes.sites import EventPort
+from nnsight_compiler.passes.sites import PlacePort
 from nnsight_compiler.runtime import sites
 from nnsight_compiler.runtime.extent import Extent
 from nnsight_compiler.runtime.formulas import Opaque, TensorAxes
 
-SitesAxes = Callable[[str, EventPort, int], "SiteAxes"]
+SitesAxes = Callable[[str, PlacePort, int], "SiteAxes"]
 """What stands at a site: the path of a module, a port, a call."""
 
 
@@ -46,7 +46,7 @@ class Share:
     part: Part
     sizes: Sizes
 
-    def axes(self, path: str, port: EventPort, call: int) -> SiteAxes:
+    def axes(self, path: str, port: PlacePort, call: int) -> SiteAxes:
         """What stands at a site, of which that became known with the inputs."""
         assert self.sizes.axes is not None
         return self.sizes.axes(path, port, call)

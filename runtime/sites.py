@@ -6,7 +6,8 @@ module returned; at an input it is the pair of positional arguments and keyword 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -154,3 +155,35 @@ def holds_tensor(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(holds_tensor, value.values()))
     return isinstance(value, (tuple, list)) and any(map(holds_tensor, value))
+
+
+def from_end(index: Any, where: str) -> bool:
+    """Whether an index counts from the end; a slice or a tuple of indices, whether all of it does.
+
+    Raises:
+        RunError: a part of it does, and a part is not negative; `where` names the line.
+    """
+    found = set(_from_end(index))
+    if len(found) == 2:
+        raise RunError(
+            f"{where}: this index names positions of the prompt and, with negative numbers, some of each step\n"
+            "  way out: write two lines, one for each"
+        )
+    return False not in found
+
+
+def _from_end(index: Any) -> Iterator[bool]:
+    """For each number of an index, whether it counts from the end. A mask is as long as the prompt."""
+    if isinstance(index, slice):
+        yield from (bound < 0 for bound in (index.start, index.stop) if bound is not None)
+    elif isinstance(index, (tuple, list, range)):
+        for each in index:
+            yield from _from_end(each)
+    elif isinstance(index, torch.Tensor):
+        yield from [False] if index.dtype == torch.bool else (index < 0).flatten().tolist()
+    elif isinstance(index, bool):
+        yield False
+    elif hasattr(index, "__index__") and not getattr(index, "ndim", 0):
+        yield operator.index(index) < 0
+    elif index is not None and index is not ...:
+        yield from _from_end(torch.as_tensor(index))

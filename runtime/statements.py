@@ -37,6 +37,7 @@ from nnsight_compiler.ir.ops import (
     For,
     Format,
     Forward,
+    FromEnd,
     Global,
     Grad,
     Gradients,
@@ -91,7 +92,7 @@ class Statements(Control):
             case Load(cell=cell) if self.looks_first(op):
                 outside = isinstance(cell, Value) and cell.name in self.scopes[-1].captured
                 error = support.unbound_free if outside else support.unbound
-                return self._checked(op.result, self.expression(op, span), op.name, error, span)
+                return self._checked(op.result, self.expression(op, span), op.name or "", error, span)
             case Bound(result=result, value=value, name=name):
                 return self._checked(result, self.operand(value, span), name, support.unbound, span)
             case Operator(in_place=True):
@@ -154,8 +155,9 @@ class Statements(Control):
             case Save(result=result, value=value, copy=False):
                 return [ast.Assign(targets=[self.target(result)], value=self.operand(value, span))]
             case (
-                Forward() | Session() | Invoke() | Steps() | Read() | Write() | Skip() | Save() | Stop() | Backward()
-                | Grad() | SetGrad() | At() | Cache() | Record() | Gradients() | Require() | Track() | AtGradient()
+                Forward() | Session() | Invoke() | Steps() | FromEnd() | Read() | Write() | Skip() | Save() | Stop()
+                | Backward() | Grad() | SetGrad() | At() | Cache() | Record() | Gradients() | Require() | Track()
+                | AtGradient()
             ):  # fmt: skip
                 return self.model_op(op)
             case _:

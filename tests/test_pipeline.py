@@ -49,6 +49,7 @@ from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.manager import DEBUG_VARIABLE, PassResult
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.record_gradients import record_gradients
+from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites
 from nnsight_compiler.passes.specialise import Subject, specialise
@@ -237,6 +238,7 @@ RUNS: Mapping[str, Callable[[Program], Program]] = {
     ),
     "check_sites": lambda program: check_sites(program, order),
     "check_unused_values": check_unused_values,
+    "repeat_writes": repeat_writes,
     "eliminate_dead_saves": eliminate_dead_saves,
     "eliminate_common_subexpressions": eliminate_common_subexpressions,
     "record_gradients": lambda program: record_gradients(program, order),

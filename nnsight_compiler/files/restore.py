@@ -28,7 +28,8 @@ from nnsight_compiler.runtime.names import signature_name
 MAX_DEPTH = 100
 _LATE = ("namespace", "host", "model")
 _MODEL_OPS = (
-    ops.Forward, ops.Session, ops.Invoke, ops.Steps, ops.Read, ops.Write, ops.Skip, ops.Save, ops.Stop, ops.Backward,
+    ops.Forward, ops.Session, ops.Invoke, ops.Steps, ops.FromEnd, ops.Read, ops.Write, ops.Skip, ops.Save, ops.Stop,
+    ops.Backward,
     ops.Grad, ops.SetGrad,
 )  # fmt: skip
 

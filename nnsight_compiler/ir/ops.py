@@ -5,8 +5,8 @@ Fields have roles, told by name and annotation: `result` and `results` are defin
 attributes. `nnsight_compiler.ir.traverse` works on any op through these roles.
 
 Regions of `forward`, `session`, `invoke`, `with`, `backward`, `at` and `at_gradient` run exactly once, in place: what
-they define is visible after them. Regions of `if`, `for`, `while`, `try`, `steps` and `closure` are closed: values
-leave them through terminators (`yield`, `continue`, `break`) or cells.
+they define is visible after them. So is what `steps` defines, as it was at the last step. Regions of `if`, `for`,
+`while`, `try` and `closure` are closed: values leave them through terminators (`yield`, `continue`, `break`) or cells.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Effect(Flag):
     """It runs a model, or takes part in its forward."""
 
 
-Port = OneOf["output", "input", "inputs"]
+Port = OneOf["output", "input", "inputs", "result"]
 ParameterKind = OneOf["positional_only", "positional_or_keyword", "var_positional", "keyword_only", "var_keyword"]
 
 
@@ -151,12 +151,13 @@ class Cell(Op):
 @final
 @dataclass(frozen=True, slots=True)
 class Load(Op):
-    """Reads a cell. An empty cell raises Python's `UnboundLocalError` with the cell's `name`."""
+    """Reads a cell. An empty cell raises Python's `UnboundLocalError` with the cell's `name`; without a name, what it
+    holds may be `Unbound`."""
 
     effects = Effect.READS
     result: Value
     cell: Operand
-    name: str
+    name: str | None
 
 
 @final
@@ -496,13 +497,25 @@ class Invoke(Op):
 @dataclass(frozen=True, slots=True)
 class Steps(Op):
     """Runs its body at each of these steps of a generation; the parameter is the step's number. Open-ended where
-    `stop` is `Literal(None)`."""
+    `stop` is `Literal(None)`. What the body defines is, after it, as it was at the last step. `asked`: whether the
+    program names these steps, so that they must come; `repeat_writes` makes others."""
 
     effects = Effect.MODEL
     tracer: Operand
     start: Operand
     stop: Operand
     body: Region
+    asked: bool = True
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FromEnd(Op):
+    """Made by `repeat_writes`: whether an index counts from the end, so that it means a position of each step of a
+    generation, and not one of the prompt."""
+
+    result: Value
+    index: Operand
 
 
 @final
@@ -510,7 +523,8 @@ class Steps(Op):
 class Read(Op):
     """The live value at a site: what `module` returned (`output`), its first argument (`input`), or all its arguments
     (`inputs`: a tuple and a dict), at its call number `call` (`None`: it is called once). `rows` is the result of the
-    `invoke` whose rows are meant; `None` means all rows."""
+    `invoke` whose rows are meant; `None` means all rows. `result` of the model is what the whole run gives: the ids of
+    a generation."""
 
     effects = Effect.READS | Effect.MODEL
     result: Value
@@ -694,7 +708,7 @@ class At(Op):
 
     effects = Effect.MODEL
     module: Module
-    port: OneOf["input", "skip", "output"]
+    port: OneOf["input", "skip", "output", "result"]
     call: int | None
     body: Region
 
@@ -704,12 +718,12 @@ AnyOp = (
     Global | SetGlobal | Cell | Load | Store | Bound | Import
     | Attribute | SetAttribute | Item | SetItem | Delete | Build | Format | Unpack | Operator | Call | Closure | Stage
     | If | For | While | Try | With | Yield | Emit | Break | Continue | Return | Raise
-    | Forward | Session | Invoke | Steps | Read | Write | Skip | Save | Cache | Record | Stop
+    | Forward | Session | Invoke | Steps | FromEnd | Read | Write | Skip | Save | Cache | Record | Stop
     | Backward | Grad | SetGrad | At | Gradients | Require | Track | AtGradient
 )  # fmt: skip
 """Every op there is. `match` over it ends in `assert_never`."""
 
 ALL_OPS: tuple[type[Op], ...] = get_args(AnyOp)
 TERMINATORS = (Yield, Break, Continue, Return, Raise)
-TRANSPARENT = (Forward, Session, Invoke, With, Backward, At, AtGradient)
-"""Ops whose region runs once, in place, so that its values stay visible after it."""
+TRANSPARENT = (Forward, Session, Invoke, Steps, With, Backward, At, AtGradient)
+"""Ops whose region runs in place, so that its values stay visible after it."""

@@ -183,8 +183,8 @@ class _Verifier:
         match op:
             case (
                 ops.Global() | ops.SetGlobal() | ops.Cell() | ops.Load() | ops.Store() | ops.Bound() | ops.Attribute()
-                | ops.SetAttribute() | ops.Item() | ops.SetItem() | ops.Format() | ops.Save() | ops.Cache()
-                | ops.Track()
+                | ops.SetAttribute() | ops.Item() | ops.SetItem() | ops.Format() | ops.Save() | ops.FromEnd()
+                | ops.Cache() | ops.Track()
             ):  # fmt: skip
                 pass
             case ops.Import(module=module, name=name, level=level, leaf=leaf):
@@ -262,7 +262,7 @@ class _Verifier:
                 self.region(op, body, inside, 0)
             case ops.Steps(body=body):
                 self.within(op, place.forward, "forward")
-                self.region(op, body, replace(inside, loop=0), 1)
+                self.region(op, body, inside, 1)
             case ops.Read() | ops.Write() | ops.Skip() | ops.Stop() | ops.Record():
                 self.within(op, place.forward, "forward")
             case ops.Backward(arguments=arguments, body=body):
@@ -364,6 +364,7 @@ def _jumps(region: Region) -> bool:
             ops.Forward(body=body)
             | ops.Session(body=body)
             | ops.Invoke(body=body)
+            | ops.Steps(body=body)
             | ops.With(body=body)
             | ops.At(body=body)
             | ops.Backward(body=body)

@@ -177,6 +177,17 @@ class LanguageModel(NNsight):
     def _needs_input(self) -> bool:
         return True
 
+    def _prepare_generation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not args and "inputs" in kwargs:
+            args = (kwargs.pop("inputs"),)
+        given = "position_ids" in kwargs
+        args, kwargs = super()._prepare_generation(*self._prepare(args, kwargs))
+        if not given:
+            kwargs.pop("position_ids", None)  # the model makes them at each step, from the mask
+        return args, kwargs
+
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._prepare((torch.zeros(1, 4, dtype=torch.long),), {})
 

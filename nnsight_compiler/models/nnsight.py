@@ -6,11 +6,12 @@ import inspect
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.models import generation
 from nnsight_compiler.models.aliases import Aliases, Rename, bind
 from nnsight_compiler.models.view import ModuleView, describe
 
@@ -100,19 +101,27 @@ class NNsight(ModuleView):
 
         return Trace(self, "session", (), {})
 
-    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: this version runs experiments on single forwards."""
+    def generate(self, *args: Any, **kwargs: Any) -> Trace:
+        """A generation: `with model.generate(prompt, max_new_tokens=5) as tracer:` and a body that takes part in its
+        steps. Arguments are those of `generate` of the torch module, and `seed` and `on_token`."""
         self._check_arguments("generate", kwargs.keys())
-        raise AssertionError("`generate` is refused")
+        from nnsight_compiler.block import Trace  # it is built on this module
+
+        return Trace(self, "generate", args, kwargs)
 
     def _check_arguments(self, method: str, names: Collection[str]) -> None:
         """Refuses what would otherwise be ignored.
 
         Raises:
-            ModelError: a method, or an argument of `trace`, that this version does not run.
+            ModelError: an argument that `trace` or `generate` does not take, or a model that does not generate.
         """
         if method == "generate":
-            self._refuse_generation()
+            elsewhere = sorted(REMOTE_ARGUMENTS & set(names))
+            if elsewhere:
+                reason = f"`generate` takes no {', '.join(elsewhere)}: experiments run in this process only"
+                raise TraceArgumentError(reason)
+            generation.check_arguments(self._wrapped, names, self._forward_parameters())
+            return
         wrong = sorted(GENERATION_ARGUMENTS & set(names) - self._forward_parameters().keys())
         if wrong:
             raise TraceArgumentError(
@@ -129,14 +138,6 @@ class NNsight(ModuleView):
             near = get_close_matches(wrong[0], known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"it takes: {', '.join(sorted(known))}"
             raise TraceArgumentError(f"the forward of {self._class_name} takes no `{wrong[0]}`; {hint}")
-
-    @staticmethod
-    def _refuse_generation() -> NoReturn:
-        raise ModelError(
-            "experiments on generation are not in this version: use `with model.trace(…)` for one forward, in a loop of"
-            " your own where several tokens are needed; to generate without interventions, call `generate` of the"
-            " transformers model itself"
-        )
 
     def verify(self, *args: Any, **kwargs: Any) -> bool:
         """Whether an experiment that changes nothing gives, bit for bit, what the plain model gives on these inputs.
@@ -191,6 +192,22 @@ class NNsight(ModuleView):
             inspect.Parameter.KEYWORD_ONLY,
         )
         return any(one.kind in kinds and one.default is one.empty for one in self._forward_parameters().values())
+
+    def _first_step(
+        self, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of `trace` for what the first forward of a generation is given, from those of `generate`."""
+        if inputs is None:
+            return None
+        return generation.first_step(self._wrapped, self._forward_parameters(), *inputs)
+
+    def _prepare_generation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the torch module's `generate`, from those given to `generate`."""
+        own = getattr(self._wrapped, "generation_config", None)
+        generation.check_configuration(kwargs.get("generation_config"), own)
+        return args, kwargs
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Small arguments on which a forward can be observed, where the kind of model tells them."""

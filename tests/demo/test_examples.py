@@ -107,3 +107,9 @@ def test_attribution_patching_finds_what_patching_finds(run) -> None:
         assert max(range(8), key=guessed.__getitem__) == max(range(8), key=found.__getitem__)
     assert max(range(8), key=numbers(rows[0])[1:].__getitem__) == tower
     assert max(range(8), key=numbers(rows[-2])[1:].__getitem__) == last
+
+
+def test_a_generation_that_is_steered_goes_to_paris(run) -> None:
+    lines = [line for line in run("generation.py") if line.startswith("strength")]
+    assert lines[0].startswith("strength 0.0: ' Seattle'")
+    assert lines[1].startswith("strength 1.0: ' Paris'")

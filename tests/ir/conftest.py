@@ -248,7 +248,7 @@ class Maker:
         if place.depth < 4:
             kinds += [*NESTED, *NESTED]
         if place.forward:
-            kinds += [ops.Read, ops.Write, ops.Skip, ops.Stop, ops.Record] * 2
+            kinds += [ops.Read, ops.Write, ops.Skip, ops.Stop, ops.Record, ops.FromEnd] * 2
             kinds += [ops.Require, *([ops.Invoke, ops.Steps, ops.At] * 2 if place.depth < 4 else [])]
         if place.backward:
             kinds += [ops.Grad, ops.SetGrad] * 3 + ([ops.AtGradient] * 2 if place.depth < 4 else [])
@@ -285,6 +285,8 @@ class Maker:
             return self.pick(NAMES)
         if hint is bool:
             return self.flag()
+        if hint == str | None:
+            return self.pick((None, *NAMES))
         if hint == int | None:
             return self.pick((None, 0, 2, -1))
         if hint == Operand | None:
@@ -390,9 +392,7 @@ class Maker:
 
     def make_steps(self, place: Place) -> dict[str, Any]:
         held = {"tracer": self.operand(), "start": self.operand(), "stop": self.operand()}
-        return {**held, "body": self.region(replace(place, yields=0, needed=0, loop=0), 1)}
-
-    # --- programs ---
+        return {**held, "body": self.region(replace(place, yields=0, needed=0), 1, closed=False)}
 
     def program(self, kind: Any = None) -> Program:
         kind = kind or self.pick(("experiment", "block", "function"))

@@ -19,7 +19,6 @@ def tiny() -> LanguageModel:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ('model.generate(x, max_new_tokens=3)', "experiments on generation are not in this version"),
         ('model.trace(x, max_new_tokens=3)', "these are arguments of `generate`"),
         ('model.trace(x, remote=True)', "`trace` takes no remote: experiments run in this process only"),
         ('model.trace(x, **{"blocking": False})', "`trace` takes no blocking: experiments run in this process only"),
@@ -41,8 +40,7 @@ def test_the_same_undecorated(tiny: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("for step in tracer.iter[:2]: pass", "steps of a generation are part of the language"),
-        ("for step in tracer.iter: pass", "steps of a generation are part of the language"),
+        ("for step in tracer.iter[:2]: pass", "`trace` runs one forward, which has no steps"),
     ],
 )
 def test_parts_of_the_language_that_do_not_run_yet(line: str, reason: str) -> None:
