@@ -486,5 +486,5 @@ FEATURES = [
     Feature("source", source_of_a_forward, lambda module, x: outputs(module, x, "pair")[0][1]),
     Feature("source_written", source_written, without_the_inner),
     Feature("invokes", invokes, each_alone, language_model, runs=100, tolerance=1e-5),
-    Feature("generate", generate, generated, language_model, runs=20, awaited="generation"),
+    Feature("generate", generate, generated, language_model, runs=20),
 ]
