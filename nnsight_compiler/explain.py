@@ -285,15 +285,18 @@ def _purpose(op: ops.Forward) -> str:
         last = at.module.path, at.port
         for when, part in _pieces(at.body):
             inside = list(walk(part))
-            if any(isinstance(each, ops.Write | ops.SetItem) or _in_place(each) for each in inside):
+            if at.port == "skip":
+                touched.setdefault(("may skip at", when), []).append(last)
+            elif any(isinstance(each, ops.Write | ops.SetItem) or _in_place(each) for each in inside):
                 touched.setdefault(("writes", when), []).append(last)
             elif any(isinstance(each, ops.Read) for each in inside):
                 touched.setdefault(("reads", when), []).append(last)
-    ordered = sorted(touched.items(), key=lambda each: each[0][0])
+    ordered = sorted(touched.items(), key=lambda each: ("reads", "writes", "may skip at").index(each[0][0]))
     parts = [f"{word} {', '.join(_ranges(sites))}{when}" for (word, when), sites in ordered]
+    parts += [f"stops where line {each.span.line} says so" for each in walk(op.body) if isinstance(each, ops.Stop)]
     if op.method == "generate":
         return "; ".join([*parts, "generates to its end", *(["gives what it returns"] if gives else [])])
-    sites = [site for held in touched.values() for site in held]
+    sites = [site for (word, _), held in touched.items() for site in held if word != "may skip at"]
     end = "ends after it" if sites == [last] else f"ends after {_named(*last)}"
     return "; ".join([*parts, "runs to its end" if last == ("", "output") else end])
 

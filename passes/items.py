@@ -211,6 +211,10 @@ class Items(StepRanges):
         match value.fact:
             case Elements(items=list() as items) if op.star < 0 and len(items) == len(op.results):
                 self.specialiser.bind(op.results, tuple(items))
+            case Known(value=tuple() as parts) if (
+                value.operand is None and value.make is None and op.star < 0 and len(parts) == len(op.results)
+            ):
+                self.specialiser.bind(op.results, tuple(map(constant, parts)))  # an item of a tuple that is unrolled
             case _ if isinstance(value.fact, Iteration) or self.mentions_modules(value):
                 items = self.iterate(value, op.span)
                 rest = len(items) - len(op.results) + 1

@@ -113,3 +113,23 @@ def test_a_generation_that_is_steered_goes_to_paris(run) -> None:
     lines = [line for line in run("generation.py") if line.startswith("strength")]
     assert lines[0].startswith("strength 0.0: ' Seattle'")
     assert lines[1].startswith("strength 1.0: ' Paris'")
+
+
+def test_every_layer_of_the_tiny_model_is_needed(run) -> None:
+    lines = run("skip.py")
+    assert numbers(lines[0])[0] > 0.9
+    chances = [numbers(line)[1] for line in lines if line.startswith("without layer")]
+    assert len(chances) == 3
+    assert max(chances) < 0.5
+
+
+def test_a_session_patches_what_an_earlier_trace_gave(run) -> None:
+    lines = run("session.py")
+    assert numbers(lines[0])[1] > 0.9
+    assert len(lines) == 3
+
+
+def test_an_autoencoder_learns(run) -> None:
+    losses = [numbers(line.replace(",", " "))[1] for line in run("own_modules.py")]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] / 10

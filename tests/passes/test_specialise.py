@@ -615,10 +615,8 @@ REFUSED = [
     ("set_attr %model.training = True", "`training` of `the model` cannot be assigned in an experiment"),
     ("set_item %layers[0] = %x", "a module cannot be replaced in an experiment"),
     ("%0 = attr %model.trace\n%1 = call %0(%x)", "`.trace(…)` without `with` runs nothing"),
-    ("%0 = attr %f0.stop\n%1 = call %0()", "`.stop()` is not run by this version yet"),
     ("forward %f1 = trace %model(%x)\n  %0 = read %model@'' output", "a forward cannot run inside the body of another"),
     ("invoke %i = %f0(%x)\n  %0 = read %model@'' output", "the trace brings an input of its own, and so does"),
-    ("skip %model@head = %x", "`skip` is part of the language, but this version does not run it yet"),
     ("try\n  %0 = read %model@'' output\nfinally\n  %1 = global x", "`try` cannot surround part of a forward"),
     ("%0 = global recursive\n%1 = call %0(%model)", "`recursive` calls itself more than 64 times"),
     (
