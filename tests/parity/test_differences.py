@@ -226,12 +226,18 @@ def a_body_on_the_line_of_the_with(peer: Outcome, found: Outcome) -> None:
 
 
 @check
+def more_steps_than_tokens(peer: Outcome, found: Outcome) -> None:
+    raised(peer, "UnboundLocalError", "counted")
+    assert any("cut short" in text for text in peer["warnings"])
+    reason = "steps 0 to 3, but max_new_tokens=2 ends the generation before"
+    refused(found, "for _ in tracer.iter[:4]:", reason, "way out", kind="RunError")
+
+
+@check
 def an_end_before_the_asked_for_step(peer: Outcome, found: Outcome) -> None:
     raised(peer, "UnboundLocalError", "counted")
     assert any("cut short" in text for text in peer["warnings"])
-    assert found.get("error") == "RunError", found
-    assert "loud.py:" in found["message"]
-    assert "min_new_tokens" in found["message"]
+    raised(found, "RunError", "loud.py:", "min_new_tokens")
 
 
 @check

@@ -19,11 +19,15 @@ TOLERANCE = {}
 """Absolute and relative tolerance, where it is not 0: the two libraries then compute in another order."""
 
 
+FORMS = {"modules.an_attached_module": ("blocks",)}
+"""The forms of a program, where not both: a module is attached outside of experiments, which leave the model alone."""
+
+
 def cases() -> list[Any]:
     found = []
     for file in sorted(PROGRAMS.glob("*.py")):
         for name in names(file):
-            for form in ("blocks", "experiment"):
+            for form in FORMS.get(f"{file.stem}.{name}", ("blocks", "experiment")):
                 key = f"{file.stem}.{name}"
                 marks = mark(f"{key}.{form}", key, file.stem)
                 found.append(pytest.param(file, name, form, id=f"{key}-{form}", marks=marks))

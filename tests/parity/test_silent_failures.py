@@ -164,6 +164,14 @@ def a_module_that_runs_twice(peer: Outcome, found: Outcome) -> None:
 
 
 @check
+def an_operation_that_runs_several_times(peer: Outcome, found: Outcome) -> None:
+    with torch.no_grad():
+        assert torch.equal(peer["value"], plain("net").layers[0](torch.ones(2, 6)).tanh())
+    line = "value = net.source.torch_tanh_0.output.save()"
+    refused(found, "CompileError", line, "is called 3 times in one forward", "`.calls[0].output` to `.calls[2].output`")
+
+
+@check
 def an_input_of_the_users_is_written(peer: Outcome, found: Outcome) -> None:
     assert not peer["value"].any()
     assert torch.equal(found["value"], torch.ones(2, 6))

@@ -255,16 +255,33 @@ def a_body_on_the_line_of_the_with(net):
     return out
 
 
+def more_steps_than_tokens(model):
+    """A loop asks for more steps than `max_new_tokens` allows.
+
+    nnsight: the loop is cut short, what stands after it is lost, and a warning says so.
+    here: an error at the line, before the model runs.
+    why: D8.
+    """
+    with model.generate(PROMPT, max_new_tokens=2, min_new_tokens=2) as tracer:
+        tokens = save([])
+        for _ in tracer.iter[:4]:
+            tokens.append(model.lm_head.output[0, -1].argmax(-1))
+        counted = save(len(tokens))
+    return tokens, counted
+
+
 def an_end_before_the_asked_for_step(model):
-    """A generation ends before the step that a loop asks for.
+    """The text ends (here because a write makes it end) before the step that a loop asks for.
 
     nnsight: the loop is cut short, what stands after it is lost, and a warning says so.
     here: an error that names the line and the step at which the text ended.
     why: D6; fewer steps than asked for is never silent.
     """
-    with model.generate(PROMPT, max_new_tokens=2, min_new_tokens=2) as tracer:
+    with model.generate(PROMPT, max_new_tokens=4) as tracer:
         tokens = save([])
-        for _ in tracer.iter[:4]:
+        for step in tracer.iter[:4]:
+            if step == 1:
+                model.lm_head.output[:, -1, 0] = 1000
             tokens.append(model.lm_head.output[0, -1].argmax(-1))
         counted = save(len(tokens))
     return tokens, counted

@@ -189,6 +189,18 @@ def a_module_that_runs_twice(mixed):
     return hidden
 
 
+def an_operation_that_runs_several_times(net):
+    """The output of an operation inside of a forward is read, and the operation stands in a loop.
+
+    nnsight: that of the first round.
+    here: an error giving the count; `.calls[0]` and so on say which.
+    why: D6.
+    """
+    with net.trace(torch.ones(2, 6)):
+        value = net.source.torch_tanh_0.output.save()
+    return value
+
+
 def an_input_of_the_users_is_written(net):
     """The input of the first module is written in place.
 
