@@ -98,7 +98,8 @@ class Forward:
     divided: the path, port and call of each site that invokes share, and `confirm` says of them why they cannot;
         asked once, before the first run.
     axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
-    own: the paths of the modules that the body calls: where one was attached, and is trained, gradients are recorded.
+    own: the paths of the modules that the body calls: where one was attached, its weights count, and gradients are
+        recorded where it is trained.
     results: what is done with what a generation returned.
     generation: what a generation is asked for; `None` where the model runs once.
 
@@ -180,12 +181,14 @@ class Forward:
                     hook = _input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _ACTIVE.run = run
-            own = (resolve(model, path) for path in self.own & getattr(model, "_attached", set()))
-            records = grad or self._records(state, args, kwargs) or any(map(_requires_grad, own))
+            own = {path: resolve(model, path) for path in self.own & getattr(model, "_attached", set())}
+            records = grad or self._records(state, args, kwargs) or any(map(_requires_grad, own.values()))
+            attached = (f"{path}.{name}" for path, module in own.items() for name, _ in module.named_parameters())
+            named = (*self.named, *attached)
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})
             asked = self.wanted is not None or (records and torch.is_grad_enabled())
-            around = recorded(root, self.wanted, self.named, everything=grad) if asked else torch.no_grad()
+            around = recorded(root, self.wanted, named, everything=grad) if asked else torch.no_grad()
             with as_it_runs(), around:
                 if generation is not None:
                     result = generation.run(root, args, kwargs)

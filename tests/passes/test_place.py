@@ -11,7 +11,6 @@ from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.parser import parse_program
 from nnsight_compiler.ir.verifier import verify
 from nnsight_compiler.passes.place import place
-from nnsight_compiler.passes.sites import EventPort
 
 CALLS = [("h.0", 0), ("h.1", 0), ("shared", 0), ("h.2", 0), ("shared", 1), ("head", 0)]
 
@@ -26,7 +25,7 @@ EVENTS = [
 class Order:
     """A model that runs these modules, one after another."""
 
-    def time(self, path: str, port: EventPort, call: int = 0) -> int:
+    def time(self, path: str, port: str, call: int = 0) -> int:
         return EVENTS.index((path, port, call))
 
     def count(self, path: str) -> int:
