@@ -28,7 +28,7 @@ from nnsight_compiler.passes.facts import (
     holds_values,
 )
 from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Forwarding, Interpretation
-from nnsight_compiler.passes.invokes import brings_input, settle
+from nnsight_compiler.passes.invokes import brings_input, first_inputs, settle
 
 MAX_ROUNDS = 100_000
 
@@ -342,7 +342,7 @@ class ControlFlow(Interpretation):
         captured = editing.captured(self, module, span)
         self.observed = {}
         brings = brings_input(self, op.arguments)
-        self.inputs[result.name] = self.evaluate.calls.known_arguments(op.arguments) if brings else None
+        self.inputs[result.name] = first_inputs(self, module.handle, op) if brings else None
         running = Forwarding(result, module, span, op, self.builder.depth, rolled=len(self.rolled), brings=brings)
         self.forward = running
         outer, self.conditions = self.conditions, []

@@ -150,14 +150,23 @@ def _is_input(name: Any, value: Any) -> bool:
     return name != "grad" and not (immutable(value) and not isinstance(value, (str, tuple)))
 
 
+def first_inputs(
+    interpretation: ControlFlow, handle: Any, op: ops.Forward
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What a forward is given, where that is known; of a generation, what its first step is given."""
+    known = interpretation.evaluate.calls.known_arguments(op.arguments)
+    given: tuple[tuple[Any, ...], dict[str, Any]] | None = known
+    return handle._first_step(given) if op.method == "generate" else given
+
+
 def settle(interpretation: ControlFlow, running: Forwarding, op: ops.Forward, made: Iterable[Op]) -> tuple[Op, ...]:
     """The body of a forward whose invokes are all known, and its inputs for those who ask for an example.
 
     An invoke that is alone sees all rows: its accesses need not say whose they mean.
     """
     body, invokes, name = tuple(made), running.invokes, running.result.name
-    interpretation.inputs[name] = interpretation.evaluate.calls.known_arguments(op.arguments)
     handle = running.module.handle
+    interpretation.inputs[name] = first_inputs(interpretation, handle, op)
     if not invokes:
         if not running.brings and handle._needs_input():
             interpretation.fail(
@@ -167,7 +176,7 @@ def settle(interpretation: ControlFlow, running: Forwarding, op: ops.Forward, ma
                 " `with tracer.invoke(…):`",
             )
         return body
-    options = interpretation.inputs[name]
+    options = interpretation.evaluate.calls.known_arguments(op.arguments)
     given = [each for _, each in invokes if each is not None and not handle._is_untold(*each)]
     interpretation.invoked[name] = tuple(invoke.result.name for invoke, _ in invokes)
     interpretation.inputs[name] = None
@@ -176,7 +185,8 @@ def settle(interpretation: ControlFlow, running: Forwarding, op: ops.Forward, ma
             batch = handle._batch(given, options[1])
         except ModelError as error:
             interpretation.fail(running.span, str(error))
-        interpretation.inputs[name] = batch.args, batch.kwargs
+        inputs = batch.args, batch.kwargs
+        interpretation.inputs[name] = handle._first_step(inputs) if op.method == "generate" else inputs
         interpretation.parts.update(zip(interpretation.invoked[name], batch.parts, strict=True))
     return tuple(map(_of_all_rows, body)) if len(invokes) == 1 else body
 

@@ -112,7 +112,8 @@ def network() -> NNsight:
 ARGUMENTS: Mapping[str, Any] = {
     "prompt": CLEAN, "clean": CLEAN, "corrupt": CORRUPT, "towards": CLEAN, "away": CORRUPT, "layer": 1, "position": -1,
     "positions": (0, 2), "answer": 5, "other": 7, "vector": torch.ones(2, 128), "strength": 0.5, "unit": 3,
-    "advance": lambda: None,
+    "advance": lambda: None, "head": 1, "query": -1, "key": 2, "tokens": 2, "sparsity": 0.1, "layers": (0, 2),
+    "clean_subject": "Eiffel Tower", "corrupt_subject": "Space Needle",
 }  # fmt: skip
 
 

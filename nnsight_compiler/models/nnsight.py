@@ -82,7 +82,7 @@ class NNsight(ModuleView):
     def _token(self) -> int:
         """A number that no other model has or had, with this code of edits, whatever the edits captured."""
         programs = tuple(edit.program for edit in self._edits)
-        code = tuple(map(id, programs))
+        code = tuple(id(program.body) for program in programs)
         held = self._tokens.get(code)
         if held is None:
             held = self._tokens.setdefault(code, (next(_tokens), programs))

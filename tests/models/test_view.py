@@ -172,7 +172,7 @@ def test_the_tree_collapses_equal_layers(model: NNsight, torch_model: Model):
 def test_generation_is_named_where_it_is_meant(model: NNsight):
     with pytest.raises(TraceArgumentError, match=r"max_new_tokens.*generate"):
         model.trace(torch.ones(1, 4), max_new_tokens=3)
-    with pytest.raises(ModelError, match="not in this version"):
+    with pytest.raises(ModelError, match="has no `generate`"):
         model.generate(torch.ones(1, 4))
 
     class Heats(nn.Module):

@@ -3,11 +3,7 @@
 import pytest
 
 AWAITED: dict[str, str] = {
-    "edits": "edits",
     "generation.invokes_in_generation": "the result of a generation in an invoke",
-    "silent.an_edit_in_a_generation": "edits",
-    "silent.a_child_is_edited": "edits",
-    "loud.an_edited_view": "edits",
     "source.an_operation_changed.experiment": "operations of a model whose input the experiment computes",
     "source.an_operations_input.experiment": "operations of a model whose input the experiment computes",
     "source.an_assignment_in_a_forward.experiment": "operations of a model whose input the experiment computes",

@@ -146,7 +146,7 @@ def test_a_value_written_to_a_site_is_what_later_sites_may_hold() -> None:
         ("set_item %h[0] = %v", {site("h.3")}),
         ("%k = item %h[0]\nset_item %k[:, 0] = %v", {site("h.3")}),
         ("write %model@h.4 output = %v", {site("h.4")}),
-        ("skip %model@h.4 = %v", {site("h.4")}),
+        ("skip %model@h.4 = %v", {site("h.4", "skip")}),
         ('%m = attr %h.mul_\n%r = call %m(2) as "torch.Tensor.mul_"', {site("h.3")}),
         (
             '%t = global torch\n%T = attr %t.Tensor\n%m = attr %T.mul_\n%r = call %m(%h, %v) as "torch.Tensor.mul_"',

@@ -480,7 +480,7 @@ FEATURES = [
     Feature("skip", skip, skipped),
     Feature("session", session, from_the_first),
     Feature("cache", cache, lambda module, x: outputs(module, x, "layers.1")[0]),
-    Feature("edit", edit, head("layers.1", lambda output: output * 2), runs=100, awaited="edits"),
+    Feature("edit", edit, head("layers.1", lambda output: output * 2), runs=100),
     Feature("read_gradients", read_gradients, gradient_of_the_sum, gradients=True),
     Feature("write_gradients", write_gradients, gradient_doubled, gradients=True),
     Feature("source", source_of_a_forward, lambda module, x: outputs(module, x, "pair")[0][1]),
