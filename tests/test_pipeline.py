@@ -136,7 +136,22 @@ def call(experiment: Experiment) -> dict[str, Any]:
     names = [parameter.value.name for parameter in experiment.ir.parameters]
     if "x" in names:
         return {"model": network(), "x": torch.ones(1, 4), "unit": 3}
-    return {"model": tiny(), **{name: ARGUMENTS[name] for name in names if name != "model"}}
+    arguments = {"model": tiny(), **{name: ARGUMENTS[name] for name in names if name != "model"}}
+    if "tokens" in names:
+        arguments["vector"] = torch.ones(128)
+    if "sparsity" in names:
+        arguments["model"] = model = LanguageModel("tiny")
+        model.layers[ARGUMENTS["layer"]].sae = Autoencoder()
+    return arguments
+
+
+class Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(128, 16), nn.Linear(16, 128)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.encoder(hidden).relu())
 
 
 @pytest.mark.parametrize(("path", "name"), [*experiments()])
