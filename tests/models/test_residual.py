@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import FAMILIES, IDS, random_model
+from chosen import some
 from torch import nn
 
 from nnsight_compiler import CompileError, NNsight, intervene
@@ -40,12 +41,14 @@ def made(name: str) -> Model:
     return Model(name, plain, NNsight(plain))
 
 
-@pytest.fixture(scope="module", params=SEQUENTIAL)
+@pytest.fixture(
+    scope="module", params=some(SEQUENTIAL, "gpt2", "llama", "gemma2", "opt with norms after", "falcon sequential")
+)
 def sequential(request: pytest.FixtureRequest) -> Model:
     return made(request.param)
 
 
-@pytest.fixture(scope="module", params=PARALLEL)
+@pytest.fixture(scope="module", params=some(PARALLEL, "gptj", "falcon new"))
 def parallel(request: pytest.FixtureRequest) -> Model:
     return made(request.param)
 
