@@ -154,9 +154,12 @@ def compile_program(
         stages[op.result.name] = staged(op.program, frame.globals, frame.closure)
         return stages[op.result.name].run
 
+    placed = (op.module.path for op in lowered.program.walk() if isinstance(op, ops.At))
+    inside = frozenset(path for path in placed if ":" in path)
+
     def known(forward: ops.Forward, at: ops.At) -> SiteAxes | None:
         model, example = lowered.models[forward.result.name], example_of(lowered, forward.result.name)
-        return None if example is None else site_axes(model, example, at.module.path, at.port, at.call or 0)
+        return None if example is None else site_axes(model, example, at.module.path, at.port, at.call or 0, inside)
 
     seen = cast(Mapping[str, Observation], lowered.orders)
     made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes, why_not_apart), seen)
@@ -240,7 +243,7 @@ def lower_program(
 
     def undivided(forward: ops.Forward, op: ops.Read | ops.Write) -> str | None:
         name = forward.result.name
-        return why_undivided(result[0].models[name], example_of(result[0], name), op)
+        return why_undivided(result[0].models[name], example_of(result[0], name), op, inside())
 
     def modules(forward: ops.Forward) -> dict[str, torch.nn.Module]:
         return dict(result[0].models[forward.result.name]._module.named_modules())

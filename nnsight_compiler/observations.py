@@ -24,7 +24,7 @@ def axes_of(
     rows and tokens these inputs have.
 
     Found once for each kind of input: prompts of other numbers of rows and tokens are of the same kind. The inputs are
-    those of `trace`; weights are not loaded for it.
+    those of `trace`; weights are not loaded for it. What was found with more operations serves for fewer.
     """
     args, kwargs = model._prepare(args, {name: value for name, value in kwargs.items() if name != "grad"})
     module = model._module
@@ -32,14 +32,15 @@ def axes_of(
     rows, tokens = inputs.sizes(args, kwargs)
     kind = tuple((place, _kind(leaf, place, inputs)) for place, leaf in places(args, kwargs))
     inside = alike(module, operations)
-    key = (tuple(map(id, module.modules())), module.training, kind, inside)
+    key = tuple(map(id, module.modules())), module.training, kind
     with _lock:
         held = _axes.setdefault(module, {})
-        found = held.get((key, rows, tokens)) or held.get(key)
-        if found is None or not _holds(found, rows, tokens):
-            found = infer_axes(module, args, kwargs, inputs, operations=inside)
-            # What holds for some sizes only, or for none, is found anew for others.
-            held[(key, rows, tokens) if found.fixed or found.how == "none" else key] = found
+        for (same, sizes, among), found in held.items():
+            if same == key and sizes in (None, (rows, tokens)) and inside <= among and _holds(found, rows, tokens):
+                return found, rows, tokens
+        found = infer_axes(module, args, kwargs, inputs, operations=inside)
+        # What holds for some sizes only, or for none, is found anew for others.
+        held[key, (rows, tokens) if found.fixed or found.how == "none" else None, inside] = found
         return found, rows, tokens
 
 

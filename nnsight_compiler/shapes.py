@@ -47,13 +47,16 @@ def extent_of(
     return Extent(_Sites(axes), rows, tokens, varies)
 
 
-def site_axes(model: Any, example: Inputs, path: str, port: PlacePort, call: int) -> SiteAxes:
-    """Which dimensions of what stands at a site are rows and tokens, on inputs of this kind.
+def site_axes(
+    model: Any, example: Inputs, path: str, port: PlacePort, call: int, operations: Collection[str] = ()
+) -> SiteAxes:
+    """Which dimensions of what stands at a site are rows and tokens, on inputs of this kind. `operations`: those inside
+    of modules whose axes are asked for as well, so that all are found at once.
 
     Raises:
         AxisError: they cannot be told.
     """
-    axes, _, _ = axes_of(model, *example)
+    axes, _, _ = axes_of(model, *example, {*operations, path} if ":" in path else operations)
     if "rows" in axes.fixed:
         raise AxisError(f"the model takes one number of rows only: {axes.reason}")
     if call < 0:
@@ -79,13 +82,15 @@ def found_axes(model: Any, inputs: Inputs) -> SitesAxes:
     return found
 
 
-def why_undivided(model: Any, example: Inputs | None, op: ops.Read | ops.Write) -> str | None:
+def why_undivided(
+    model: Any, example: Inputs | None, op: ops.Read | ops.Write, operations: Collection[str] = ()
+) -> str | None:
     """Why an invoke cannot be given its own rows of a site; `None` where it can."""
     if example is None:
         return None  # it becomes known when the forward runs
     assert isinstance(op.module, Module)
     try:
-        axes = site_axes(model, example, op.module.path, event_port(op.port), op.call or 0)
+        axes = site_axes(model, example, op.module.path, event_port(op.port), op.call or 0, operations)
     except AxisError as error:
         return str(error)
     return axes.leaves[0].reason if axes.plain and isinstance(axes.leaves[0], Opaque) else None
@@ -95,15 +100,19 @@ def why_not_apart(model: Any, inputs: Inputs, sites: Iterable[tuple[str, PlacePo
     """Why invokes cannot share these sites of a forward on these inputs: one row's input changes other rows. Models of
     transformers are taken to keep rows apart, but where rows are one dimension with something else."""
     module = model._wrapped
+    sites = tuple(sites)
+    operations = {path for path, _, _ in sites if ":" in path}
     found = {
-        Event(path, "input" if port == "input" else "output", call): site_axes(model, inputs, path, port, call)
+        Event(path, "input" if port == "input" else "output", call): site_axes(
+            model, inputs, path, port, call, operations
+        )
         for path, port, call in sites
     }
     if is_transformers(module):
         found = {event: axes for event, axes in found.items() if any(map(_is_merged, axes.leaves))}
     if not found:
         return None
-    axes, _, _ = axes_of(model, *inputs)
+    axes, _, _ = axes_of(model, *inputs, operations)
     event = mixed(module, *inputs, axes.inputs, found)
     if event is None:
         return None

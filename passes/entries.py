@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, operands, regions, rewrite, used, walk
-from nnsight_compiler.ir.values import Module, Operand, Value, values_in
+from nnsight_compiler.ir.values import Literal, Module, Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
-from nnsight_compiler.passes.memory import Fresh, Name, Root, Site
+from nnsight_compiler.passes.memory import Fresh, Name, Root, Site, Weight
 from nnsight_compiler.passes.moments import Moment, last_step
 from nnsight_compiler.passes.pauses import pauses
 from nnsight_compiler.passes.sites import (
@@ -279,12 +281,13 @@ class Body:
         """What an op reads and writes besides sites: storages of the program's, and the world outside."""
         op = self.originals.get(id(op), op)
         elsewhere = self._elsewhere(op)
-        reads = {_key(root) for root in self.memory.reads(op) - elsewhere if not isinstance(root, Site)}
-        writes = {_key(root) for root in self.memory.writes(op) - elsewhere if not isinstance(root, Site)}
+        held = self._is_container_write(op)
+        reads = {key for root in self.memory.reads(op) - elsewhere for key in _keys(root, held)}
+        writes = {key for root in self.memory.writes(op) - elsewhere for key in _keys(root, held)}
         for inner in (op, *(each for part in regions(op) for each in walk(part))):
             match inner:
                 case ops.Record(cache=cache):  # which of two records comes first makes no difference
-                    filled = set(map(_key, self.memory.roots(cache)))
+                    filled = {key for root in self.memory.roots(cache) for key in _keys(root)}
                     reads, writes = reads - filled, writes - filled
                 case ops.Call():
                     known = self.memory.origins.known(inner)
@@ -296,6 +299,20 @@ class Body:
                 case ops.Raise() | ops.Import() | ops.SetGlobal() | ops.Unpack() | ops.Bound():
                     writes.add("effects") if not isinstance(inner, (ops.Unpack, ops.Bound)) else reads.add("effects")
         return reads, writes
+
+    def _is_container_write(self, op: Op) -> bool:
+        """Whether an op puts something into a container or an object, and can change the numbers of no tensor."""
+        match op:
+            case ops.SetItem(index=Literal(value=str())):
+                return True
+            case ops.SetAttribute(name=name):
+                return not hasattr(torch.Tensor, name)
+            case ops.Call():
+                known = self.memory.origins.known(op)
+                return (
+                    known is not None and known.behaviour is Behaviour.CONTAINER and not (known.random or known.calls)
+                )
+        return False
 
     def _elsewhere(self, op: Op) -> frozenset[Root]:
         """Storages that the model is given at other sites than those of an op. A site may hold one of them where the
@@ -310,7 +327,8 @@ class Body:
 
     def _through_sites(self, op: Op) -> set[object]:
         """The storages that an op may touch as what a site holds, but does not name."""
-        return {_key(root) for root in self.entered.keys() - self._named(self.originals.get(id(op), op))}
+        roots = self.entered.keys() - self._named(self.originals.get(id(op), op))
+        return {key for root in roots for key in _keys(root)}
 
     def _named(self, op: Op) -> frozenset[Root]:
         inner = (op, *(each for part in regions(op) for each in walk(part)))
@@ -362,12 +380,17 @@ class Body:
         return found
 
 
-def _key(root: Root) -> object:
-    """Roots that may be the same storage have the same key."""
+def _keys(root: Root, held: bool = False) -> frozenset[object]:
+    """Roots that may be the same storage share a key; sites have none. What is from outside may be a weight too, but
+    not where it `held` what was put into it."""
     match root:
+        case Site():
+            return frozenset()
         case Fresh():
-            return root
+            return frozenset({root})
         case Name():
-            return "names"
+            return frozenset({"names"})
+        case Weight():
+            return frozenset({"weights"})
         case _:
-            return "outside"
+            return frozenset({"outside"}) if held else frozenset({"outside", "weights"})

@@ -17,7 +17,7 @@ import torch
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.builder import Builder
-from nnsight_compiler.ir.errors import CompileError, Diagnostic
+from nnsight_compiler.ir.errors import CompileError, Diagnostic, ModelError
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
@@ -350,9 +350,20 @@ class Interpretation:
         if self.subject.order is None:
             self.fail(span, "how often a module is called is not known here", "name its calls one by one")
         inputs = self.inputs[forward.result.name]
-        for argument in forward.op.arguments:
+        if inputs is None and forward.invokes:  # those that follow bring more rows, and call no module more often
+            inputs = self._brought(forward)
+        brought = () if forward.invoke is None else forward.invoke.arguments
+        for argument in (*forward.op.arguments, *brought):
             self.rely_on_sizes(self.abstract(argument.value).fact)
-        count = self.subject.order(forward.module.handle, inputs).count(module.handle._path)
+        order = self.subject.order(forward.module.handle, inputs)
+        if order.why_not(module.handle._path) is not None:
+            self.fail(
+                span,
+                "how often a module is called is seen by running the model once, and no input is known for it here",
+                "give the model's input as an argument of the experiment, or name the calls one by one",
+                ((forward.span, "the forward"),),
+            )
+        count = order.count(module.handle._path)
         if not count:
             self.fail(
                 span,
@@ -360,6 +371,18 @@ class Interpretation:
                 "its values do not exist there; address a module that runs, such as one around it or inside it",
             )
         return count
+
+    def _brought(self, forward: Forwarding) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The inputs of a forward by the invokes that came so far, as an example; `None` where they are not known."""
+        handle, options = forward.module.handle, self.evaluate.calls.known_arguments(forward.op.arguments)
+        given = [each for _, each in forward.invokes if each is not None and not handle._is_untold(*each)]
+        if not given or options is None:
+            return None
+        try:
+            batch = handle._batch(given, options[1])
+        except ModelError as error:
+            self.fail(forward.span, str(error))
+        return batch.args, batch.kwargs
 
     def rely_on_sizes(self, fact: Fact) -> None:
         """Guards on the shapes of the tensors that a forward is given: how often its modules run may depend on them."""

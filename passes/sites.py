@@ -300,7 +300,10 @@ def _unnoticed(
         begins = 0 if steps is None else first_step(steps)
         sites = {root for root in memory.writes(op) if isinstance(root, Site) and root.forward == forward.result.name}
         first = begins, min(times)
-        if any(last[id(read)] > first and memory.overlap(memory.reads(read), sites) for read in reads):
+        if any(
+            (last[id(read)], index[id(read)]) > (first, index[id(op)]) and memory.overlap(memory.reads(read), sites)
+            for read in reads
+        ):
             continue
         noticed = any(
             memory.roots(value) & sites

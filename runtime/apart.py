@@ -15,9 +15,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from nnsight_compiler.passes.rows import Part
+from nnsight_compiler.runtime.active import ACTIVE
 from nnsight_compiler.runtime.formulas import Opaque, TensorAxes
 from nnsight_compiler.runtime.input_axes import InputAxes, Sampler, places
 from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.rows import CannotDivideError, Share, SiteAxes, Sizes, region
 from nnsight_compiler.runtime.shadow import Reals, generators_kept, shadowed
 
@@ -74,14 +76,17 @@ def _seen(module: nn.Module, given: Any, sites: Iterable[Event]) -> dict[Event, 
         if event in sites:
             found[event] = pytree.tree_map_only(torch.Tensor, torch.clone, value)
 
+    run = object()
+    operations = Operations(shadow, run)
     for path in {event.path for event in sites}:
-        part = shadow.get_submodule(path)
+        part: Any = operations.operation(path) if ":" in path else shadow.get_submodule(path)
         part.register_forward_pre_hook(
             lambda _, args, kwargs, path=path: keep(path, "input", (args, kwargs)), with_kwargs=True
         )
         part.register_forward_hook(lambda _, args, output, path=path: keep(path, "output", output))
     torch.manual_seed(0)
-    shadow(*given[0], **given[1])
+    with ACTIVE.running(run):
+        shadow(*given[0], **given[1])
     return found
 
 

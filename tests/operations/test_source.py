@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnsight_compiler import NNsight, intervene
-from nnsight_compiler.ir.errors import CompileError
+from nnsight_compiler.ir.errors import CompileError, ExperimentError
 from nnsight_compiler.models.source import SourceError, UnknownOperationError
 from nnsight_compiler.models.view import OutsideTraceError
 
@@ -432,3 +432,42 @@ def test_outside_of_a_trace(net):
         list(source.double_0.source)
     assert "torch_relu_0" in dir(source)
     assert len(source) == 12
+
+
+def test_an_invoke_has_its_own_rows_of_an_operation(net, x):
+    wrapped, other = NNsight(net), torch.randn(3, 4)
+    with wrapped.trace() as tracer:
+        with tracer.invoke(x):
+            wrapped.source.torch_relu_0.output[:, 0] = 7
+            changed = wrapped.output.save()
+        with tracer.invoke(other):
+            relu = wrapped.source.torch_relu_0.output.save()
+            plain = wrapped.output.save()
+    assert torch.equal(relu, net.first(other).relu())
+    assert torch.allclose(plain, net(other))
+    hidden = net.first(x).relu().index_fill(1, torch.tensor(0), 7.0) + 1
+    for _ in range(3):
+        hidden = double(hidden, by=1.5)
+    assert torch.allclose(changed, hidden * 2 + net.second(hidden))
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return torch.neg(x) + torch.cumsum(x, 0)
+
+
+def test_invokes_share_no_operation_in_which_rows_mix():
+    mixing = NNsight(Mixing())
+
+    @intervene
+    def run(net, x, name):
+        with net.trace() as tracer:
+            with tracer.invoke(x):
+                first = getattr(net.source, name).output
+            with tracer.invoke(x):
+                second = getattr(net.source, name).output
+        return first, second
+
+    assert torch.equal(run(mixing, torch.ones(2, 4), "torch_neg_0")[1], -torch.ones(2, 4))
+    with pytest.raises(ExperimentError, match=r"torch_cumsum_0` output cannot be shared by invokes"):
+        run(mixing, torch.ones(2, 4), "torch_cumsum_0")

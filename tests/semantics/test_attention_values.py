@@ -340,3 +340,30 @@ def test_explain_says_what_is_computed_anew(model, eager):
     (line,) = (each for each in lines if "attention of transformer.h.1.attn" in each)
     assert line.endswith("computed from q, k and the mask, in this run: torch's kernel gives no pattern")
     assert "computed from q" not in str(read.explain(LanguageModel(eager), IDS))
+
+
+def test_an_invoke_has_its_own_attention_without_its_padding(model, plain):
+    long, short = IDS[:1], IDS[1:, :4]
+
+    def ablate(tokens):
+        with model.trace(tokens):
+            model.layers[1].attn.pattern[:, 1, -1, 0] = 0
+            z = model.layers[1].attn.z.save()
+            logits = model.lm_head.output.save()
+        return z, logits
+
+    with model.trace() as tracer:
+        with tracer.invoke(long):
+            untouched = model.lm_head.output.save()
+        with tracer.invoke(short):
+            model.layers[1].attn.pattern[:, 1, -1, 0] = 0
+            pattern = model.layers[1].attn.pattern.save()
+            z = model.layers[1].attn.z.save()
+            logits = model.lm_head.output.save()
+    assert pattern.shape == (1, 4, 4, 4)
+    assert torch.allclose(untouched, plain(long).logits, atol=1e-5)
+    for ours, alone in zip((z, logits), ablate(short), strict=True):
+        assert torch.allclose(ours, alone, atol=1e-5)
+    with model.trace(short):
+        v = model.layers[1].attn.v.save()
+    assert torch.allclose(torch.einsum("rhqk,rkhd->rqhd", pattern, v), z, atol=1e-5)

@@ -437,3 +437,37 @@ def test_the_last_call_where_the_input_says_how_many_there_are():
     x = torch.randn(5, 4)
     with pytest.raises(RunError, match=r"test_calls\.py:\d+:\d+: .*ran 5 times in this forward, but 2 times"):
         last(wrapped, x)
+
+
+class Unrolled(nn.Module):
+    """Runs `cell` as often as there are columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(3, 3)
+
+    def forward(self, x):
+        for _ in range(x.shape[1]):
+            x = self.cell(x).tanh()
+        return x
+
+
+def test_calls_are_counted_on_what_an_invoke_brings():
+    net, x = NNsight(Unrolled()), torch.ones(1, 3)
+    with net.trace() as tracer, tracer.invoke(x):
+        count = len(net.cell.calls)
+        last = [call.output for call in net.cell.calls][-1].save()
+        out = net.output.save()
+    assert count == 3
+    assert torch.equal(out, last.tanh())
+
+
+def test_calls_are_not_counted_where_no_input_is_known():
+    @intervene
+    def run(net, x):
+        with net.trace(x.clone()):
+            count = len(net.cell.calls)
+        return count
+
+    with pytest.raises(CompileError, match="how often a module is called is seen by running the model once"):
+        run(NNsight(Unrolled()), torch.ones(1, 3))

@@ -593,3 +593,17 @@ def test_the_examples_of_the_page_do_what_it_says(code: str, error: str, tmp_pat
     with pytest.raises(ExperimentError, match=re.escape(error)) as caught:
         runpy.run_path(str(path))
     assert f"{path}:" in str(caught.value)
+
+
+def test_a_value_in_a_dict_from_outside_lets_later_invokes_write_earlier_modules():
+    net, kept = NNsight(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), {}
+    a, b = torch.ones(1, 4), torch.zeros(1, 4)
+    with net.trace() as tracer:
+        with tracer.invoke(a):
+            net[0].output *= 2
+            kept["a"] = net.output
+        with tracer.invoke(b):
+            net[0].output *= 2
+            kept["b"] = net.output
+    for name, x in (("a", a), ("b", b)):
+        assert torch.allclose(kept[name], net._module[1](2 * net._module[0](x)))
