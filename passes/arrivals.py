@@ -133,7 +133,7 @@ class Arrivals:
 
     def _own(self, op: Op, roots: Roots) -> list[Root]:
         """Those of the storages that an op may touch which are no gradients, and which its operands name."""
-        found = [root for root in roots if not isinstance(root, Gradient)]
+        found: list[Root] = [root for root in roots if not isinstance(root, Gradient)]
         host = isinstance(op, ops.Call) and self.memory.origins.known(op) is None
         if host or any(regions(op)) or self.memory.calls_closures(op):
             return found
