@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op, Region
-from nnsight_compiler.ir.traverse import defined, definitions, regions, rewrite, used, walk
-from nnsight_compiler.ir.values import Value
-from nnsight_compiler.passes.memory import Gradient, Memory, Root, Roots
+from nnsight_compiler.ir.traverse import defined, definitions, operands, regions, rewrite, used, walk
+from nnsight_compiler.ir.values import Operand, Value
+from nnsight_compiler.passes.memory import Gradient, Memory, Name, Root, Roots
 from nnsight_compiler.passes.sites import in_place, targets
 
 Rank = tuple[int, int, int]
@@ -35,6 +35,11 @@ class Arrivals:
         self.grads: dict[str, tuple[Value, Op]] = {}
         self.body = list(self._flat(backward.body))
         self.makers = {value.name: number for number, op in enumerate(self.body) for value in _made(op)}
+        self.assigned: dict[Value, Roots] = {}
+        for op in walk(backward.body):
+            if isinstance(op, ops.SetGrad):
+                known = self.assigned.get(_value(op), frozenset())
+                self.assigned[_value(op)] = known | memory.named(op.gradient)
         homes: dict[int, Value | None] = {}
         needed = self._needed()
         for number in sorted(needed):
@@ -85,7 +90,7 @@ class Arrivals:
             self.grads[value.name][0]
             for each in (op, *(inner for part in regions(op) for inner in walk(part)))
             for value in used(each)
-            for root in self.memory.reachable(value)
+            for root in self._named(value)
             if isinstance(root, Gradient) and root.value in self.grads
             for value in [Value(root.value)]
         }
@@ -112,10 +117,28 @@ class Arrivals:
         """Whether the order of two ops matters for anything besides gradients."""
         if isinstance(first, ops.SetGrad) or isinstance(second, ops.SetGrad):
             return False
-        wrote, writes = map(_besides_gradients, (self.memory.writes(first), self.memory.writes(second)))
-        read, reads = map(_besides_gradients, (self.memory.reads(first), self.memory.reads(second)))
-        overlap = self.memory.overlap
-        return overlap(wrote, writes) or overlap(wrote, reads) or overlap(writes, read)
+        memory = self.memory
+        wrote, writes = self._own(first, memory.writes(first)), self._own(second, memory.writes(second))
+        read, reads = self._own(first, memory.reads(first)), self._own(second, memory.reads(second))
+        return memory.overlap(wrote, writes) or memory.overlap(wrote, reads) or memory.overlap(writes, read)
+
+    def _named(self, operand: Operand) -> Roots:
+        """What an operand may be or hold. A gradient that is read is a copy, or what was written to that same gradient,
+        and never what was written to another one."""
+        named = self.memory.named(operand)
+        for root in tuple(named):
+            if isinstance(root, Gradient) and root.value in self.grads:
+                named |= self.assigned.get(self.grads[root.value][0], frozenset())
+        return named
+
+    def _own(self, op: Op, roots: Roots) -> list[Root]:
+        """Those of the storages that an op may touch which are no gradients, and which its operands name."""
+        found: list[Root] = [root for root in roots if not isinstance(root, Gradient)]
+        host = isinstance(op, ops.Call) and self.memory.origins.known(op) is None
+        if host or any(regions(op)) or self.memory.calls_closures(op):
+            return found
+        named = frozenset[Root]().union(*map(self._named, (*operands(op), *defined(op))))
+        return [root for root in found if root in named or isinstance(root, Name)]
 
     def _needed(self) -> dict[int, set[int]]:
         """The ops that must run in the pass, each with those that it needs."""
@@ -184,10 +207,6 @@ class Arrivals:
 def _value(op: ops.Grad | ops.SetGrad) -> Value:
     assert isinstance(op.value, Value), "gradients are those of values"
     return op.value
-
-
-def _besides_gradients(roots: Roots) -> list[Root]:
-    return [root for root in roots if not isinstance(root, Gradient)]
 
 
 def _made(op: Op) -> Iterator[Value]:

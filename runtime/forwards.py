@@ -21,7 +21,7 @@ from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.passes.sites import PlacePort
 from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
 from nnsight_compiler.runtime.generation import Asked, Generation, Steps, covers
-from nnsight_compiler.runtime.gradients import recorded
+from nnsight_compiler.runtime.gradients import adapters, recorded
 from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
 from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
@@ -183,6 +183,7 @@ class Forward:
             _ACTIVE.run = run
             own = {path: resolve(model, path) for path in self.own & getattr(model, "_attached", set())}
             records = grad or self._records(state, args, kwargs) or any(map(_requires_grad, own.values()))
+            records = records or (torch.is_grad_enabled() and bool(adapters(root)))
             attached = (f"{path}.{name}" for path, module in own.items() for name, _ in module.named_parameters())
             named = (*self.named, *attached)
             if self.copies:

@@ -96,9 +96,27 @@ def recorded(root: nn.Module, wanted: Span | None, named: tuple[str, ...], every
 
 
 def _parameters(root: nn.Module, names: tuple[str, ...]) -> set[int]:
-    """The identities of the parameters of these names, where the model has them."""
+    """The identities of the parameters that count: those of these names, where the model has them, and adapters."""
     found = dict(root.named_parameters(remove_duplicate=False)) if names else {}
-    return {id(found[name]) for name in names if name in found}
+    return {id(found[name]) for name in names if name in found} | set(map(id, adapters(root)))
+
+
+def adapters(root: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient in a model most of whose weights are frozen: what was put in to be
+    trained, as low-rank adapters are. A model that is trained as a whole has none."""
+    trained: list[nn.Parameter] = []
+    frozen: list[nn.Parameter] = []
+    waiting = [root]  # `root.parameters()` takes ten times as long, and this precedes every forward
+    for module in waiting:
+        waiting.extend([each for each in module._modules.values() if each is not None])
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                (trained if parameter.requires_grad else frozen).append(parameter)
+    return trained if frozen and _size(frozen) > _size(trained) else []
+
+
+def _size(parameters: list[nn.Parameter]) -> int:
+    return sum(each.numel() for each in parameters)
 
 
 class _Begin(torch.autograd.Function):

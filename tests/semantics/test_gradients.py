@@ -1016,3 +1016,61 @@ def test_bfloat16(x) -> None:
     found = run(model, x)
     assert found.dtype == torch.bfloat16
     assert torch.allclose(found.float(), truth.float(), rtol=0.05, atol=0.05)
+
+
+class LowRank(nn.Module):
+    """What is put in the place of a linear layer, to be trained while the layer stays as it is."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def adapted() -> Net:
+    torch.manual_seed(0)
+    net = Net().eval().requires_grad_(False)
+    net.layers[1].up = LowRank(net.layers[1].up)
+    return net
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_adapters_inside_of_a_frozen_model_are_trained(inside: bool) -> None:
+    x = torch.linspace(-1, 1, 24).reshape(4, 6)
+    plain, net = adapted(), adapted()
+    (plain(x) * 2).square().sum().backward()
+    model = NNsight(net)
+
+    @intervene
+    def loss_of(model: Any, x: torch.Tensor) -> Any:
+        with model.trace(x):
+            loss = (model.output * 2).square().sum()
+            h = model.layers[2].output
+            with loss.backward(retain_graph=True):
+                gradient = h.grad
+        return loss, gradient
+
+    if inside:
+        loss_of(model, x)
+    else:
+        with model.trace(x):
+            out = (model.output * 2).save()
+        out.square().sum().backward()
+    trained = {"layers.1.up.down.weight", "layers.1.up.up.weight"}
+    for name, parameter in net.named_parameters():
+        wanted = plain.get_parameter(name).grad
+        assert (wanted is not None) == (parameter.grad is not None) == (name in trained)
+        assert wanted is None or torch.allclose(parameter.grad, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_with_few_frozen_weights_has_no_adapters() -> None:
+    torch.manual_seed(0)
+    net = Net().eval()
+    net.embed.weight.requires_grad_(False)
+    model = NNsight(net)
+    with model.trace(torch.ones(2, 6)):
+        out = model.output.save()
+    assert not out.requires_grad
