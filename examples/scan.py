@@ -15,7 +15,7 @@ with model.scan("The Eiffel Tower is in the city of") as tracer:
     model.layers[1].mlp.output = 0
     logits = model.lm_head.output.save()
 
-print(f"tokens {subject}")
+print(f"tokens {tuple(subject)}")
 for number, each in enumerate(hidden):
     print(f"layer {number}: {each.dtype} {list(each.shape)}")
 print(f"logits: {logits.dtype} {list(logits.shape)}")

@@ -293,7 +293,11 @@ class Calls(Inlining):
             case Tracer() if name == "next" and not arguments:
                 return self.evaluator.next_step(op)
             case Tracer():
-                fail(op.span, f"`.{name}` of a tracer is not run by this version yet")
+                fail(
+                    op.span,
+                    f"a tracer has no `.{name}(…)`",
+                    "it has `invoke`, `iter`, `all`, `next`, `result`, `stop`, `cache`, `position`, `barrier`",
+                )
             case Known(value=value) if isinstance(value, torch.Tensor):
                 pass
             case Known(value=dict()) if name in ("keys", "values", "items") and not arguments:

@@ -245,8 +245,8 @@ class Specialiser(Staging):
             case ops.Steps():
                 self.fail(
                     op.span,
-                    f"`{type(op).__name__.lower()}` is part of the language, but this version does not run it yet",
-                    "`docs/semantics.md` lists what to use instead",
+                    "`steps` stands in specialised programs only",
+                    "write `for step in tracer.iter[…]:`",
                 )
             case _:
                 for name in used(op):

@@ -21,7 +21,6 @@ from torch import nn
 from nnsight_compiler import (
     CompileError,
     Experiment,
-    ExperimentError,
     IRError,
     LanguageModel,
     NNsight,
@@ -52,6 +51,7 @@ from nnsight_compiler.passes.record_gradients import record_gradients
 from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.sites import Order, check_sites
+from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Subject, specialise
 from nnsight_compiler.shapes import extent_of
 
@@ -253,6 +253,7 @@ RUNS: Mapping[str, Callable[[Program], Program]] = {
         program, Surroundings({**ARGUMENTS, "model": tiny()}, {}, {}), lambda _: extent_of(tiny(), ((CLEAN,), {}))
     ),
     "check_sites": lambda program: check_sites(program, order),
+    "check_skips": lambda program: check_skips(program, order),
     "check_unused_values": check_unused_values,
     "repeat_writes": repeat_writes,
     "eliminate_dead_saves": eliminate_dead_saves,
@@ -271,68 +272,17 @@ def test_the_page_shows_what_the_pass_makes(name: str) -> None:
         assert print_program(RUNS[name](before)) == print_program(after)
 
 
-def test_the_page_shows_what_is_refused_and_what_is_warned_of() -> None:
-    (text,) = re.findall(r"```ir\n(.*?)```", section("check_sites"), re.DOTALL)
+@pytest.mark.parametrize("name", ["check_sites", "check_skips"])
+def test_the_page_shows_what_is_refused(name: str) -> None:
+    (text,) = re.findall(r"```ir\n(.*?)```", section(name), re.DOTALL)
     with pytest.raises(CompileError) as caught:
-        RUNS["check_sites"](parse_program(text))
+        RUNS[name](parse_program(text))
     (diagnostic,) = caught.value.diagnostics
-    assert f"is refused: `{diagnostic.span}: {diagnostic.reason}`." in section("check_sites")
+    assert f"`{diagnostic.span}: {diagnostic.reason}`" in section(name).replace("``", "`")
+
+
+def test_the_page_shows_what_is_warned_of() -> None:
     (text,) = re.findall(r"```ir\n(.*?)```", section("check_unused_values"), re.DOTALL)
     program = parse_program(text)
     with pytest.warns(UnusedValueWarning, match="`acts` is made from a value of the model"):
         assert RUNS["check_unused_values"](program) is program
-
-
-# --- the pages on what programs mean ---
-
-PAGES = {
-    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    for name in ("semantics", "gradients", "names", "scan", "python", "migration")
-}
-
-
-def prelude(text: str) -> str:
-    (found,) = re.findall(r"^```python prelude\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return found
-
-
-def examples(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", text, re.DOTALL | re.MULTILINE)
-
-
-EXAMPLES = [
-    pytest.param(prelude(text), *each, id=f"{name}-{number}")
-    for name, text in PAGES.items()
-    for number, each in enumerate(examples(text))
-]
-IDIOMS = re.findall(r"\| `([^`]*)` \|$", PAGES["migration"].partition("## Around it")[0], re.MULTILINE)
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_the_pages_are_read_whole(name: str) -> None:
-    found = examples(PAGES[name])
-    assert len(found) == PAGES[name].count("```python\n") >= 1
-    assert sum(bool(error) for _, error in found) == PAGES[name].count("\n```\n\n```\n")
-
-
-def test_the_idioms_of_the_migration_table_run(tmp_path: Path) -> None:
-    assert len(IDIOMS) >= 9
-    path = tmp_path / "idioms.py"
-    bodies = [
-        f"with model.trace(prompt) as tracer:\n    {line}\n    logits = model.output.logits.save()\n" for line in IDIOMS
-    ]
-    path.write_text(prelude(PAGES["migration"]) + "".join(bodies), encoding="utf-8")
-    runpy.run_path(str(path))
-
-
-@pytest.mark.parametrize(("prelude", "code", "error"), EXAMPLES)
-def test_the_examples_of_the_pages_do_what_they_say(prelude: str, code: str, error: str, tmp_path: Path) -> None:
-    path = tmp_path / "example.py"
-    path.write_text(prelude + code, encoding="utf-8")
-    if not error:
-        runpy.run_path(str(path))
-        return
-    with pytest.raises(ExperimentError) as caught:
-        runpy.run_path(str(path))
-    assert error in str(caught.value)
-    assert f"{path}:" in str(caught.value)

@@ -62,6 +62,11 @@ from nnsight_compiler.ir.traverse import operands, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Value, values_in
 from nnsight_compiler.passes.inline import MODULE_CALL
 from nnsight_compiler.passes.known_calls import ALL, known_target
+from nnsight_compiler.passes.sites import ATTENTION_VALUES
+from nnsight_compiler.passes.streams import STREAM
+
+VALUES = frozenset((*ATTENTION_VALUES, *STREAM))
+"""Attributes of modules that are sites, as `.output` is; a program has them as attributes until the model is known."""
 
 
 @final
@@ -213,10 +218,13 @@ class _Look:
         """An attribute is set or deleted."""
         if name in self.methods or hasattr(nn.Module, name):
             self.host(f"`.{name}`, a method that is replaced", span)
-        self.changes(owner, f".{name}", span)
+        if name not in VALUES:
+            self.changes(owner, f".{name}", span)
 
     def changes(self, owner: Operand, what: str, span: Span) -> None:
         match self.kind(owner):
+            case Part(name=name) if name.removesuffix("[…]") in VALUES:
+                pass  # a site, once the model is known
             case Space(name=name) | HostName(name=name) | KnownName(target=name):
                 self.host(f"{name}{what}, which is changed", span)
             case Part(name=name, root=Given()):

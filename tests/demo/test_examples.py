@@ -152,3 +152,68 @@ def test_the_fact_reaches_the_last_token_through_attention(run) -> None:
     assert edges[0] > 4
     assert abs(edges[1]) < 0.1
     assert "computed from q, k and the mask" in lines[-1]
+
+
+def test_a_subject_is_moved_before_the_first_layer_only(run) -> None:
+    header, *lines = run("positions.py")
+    model = LanguageModel("tiny")
+    clean, corrupt = "The Eiffel Tower is in the city of", "The Space Needle is in the city of"
+    words = model.tokenizer.tokenize(clean)
+    tokens = [words.index("ĠEiffel"), words.index("ĠTower")]
+    assert header == f"Eiffel Tower: tokens {tuple(tokens)}"
+    module = model._ready()
+    assert len(lines) == len(module.transformer.h)
+    for number, (block, line) in enumerate(zip(module.transformer.h, lines, strict=True)):
+        kept = []
+        handle = block.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].clone()))
+        with torch.no_grad():
+            module(**model.tokenizer(clean, return_tensors="pt"))
+            handle.remove()
+            handle = block.register_forward_pre_hook(
+                lambda _, args, kept=kept: (args[0].index_copy(1, torch.tensor(tokens), kept[0][:, tokens]), *args[1:])
+            )
+            logits = module(**model.tokenizer(corrupt, return_tensors="pt")).logits[0, -1]
+            handle.remove()
+        assert line == f"before layer {number}: {model.tokenizer.decode(logits.argmax())!r}"
+    assert "' Paris'" in lines[0]
+    assert "' Seattle'" in lines[1]
+
+
+def test_a_scan_shows_the_shapes_that_a_run_gives(run) -> None:
+    tokens, *layers, logits = run("scan.py")
+    model = LanguageModel("tiny")
+    out = model._ready()(**model.tokenizer("The Eiffel Tower is in the city of", return_tensors="pt")).logits
+    assert tokens == "tokens (1, 2)"
+    assert layers == [f"layer {number}: torch.float32 [1, 2, 128]" for number in range(3)]
+    assert logits == f"logits: {out.dtype} {list(out.shape)}"
+
+
+def test_the_residual_stream_comes_nearer_to_what_it_becomes(run) -> None:
+    *lines, shown = run("cache.py")
+    model = LanguageModel("tiny")
+    module, kept = model._ready(), []
+    handles = [
+        block.register_forward_hook(lambda _, args, out: kept.append(out[0, -1])) for block in module.transformer.h
+    ]
+    with torch.no_grad():
+        module(**model.tokenizer("The Eiffel Tower is in the city of", return_tensors="pt"))
+    for handle in handles:
+        handle.remove()
+    expected = [float(torch.cosine_similarity(each, kept[-1], dim=0)) for each in kept]
+    assert [numbers(line)[-1] for line in lines] == pytest.approx(expected, abs=0.001)
+    assert expected == sorted(expected)
+    assert shown == "<cache of 4 modules: transformer.h.0, transformer.h.1, transformer.h.2, transformer.ln_f>"
+
+
+def test_an_edit_from_a_file_steers_as_the_edit_does(run) -> None:
+    first, *_, last = run("edits.py")
+    plain, steered = numbers(first.replace(",", " "))
+    assert plain < 0.01
+    assert steered > 0.9
+    assert numbers(last) == [steered]
+
+
+def test_every_example_has_a_test() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    tested = {path.name for path in EXAMPLES.glob("*.py") if f'run("{path.name}")' in text}
+    assert tested == {path.name for path in EXAMPLES.glob("*.py")} - {"train_tiny_model.py"}

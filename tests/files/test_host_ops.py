@@ -196,3 +196,17 @@ def test_modules_of_the_model_are_no_host_ops(through, tiny) -> None:
     loaded = through(lens)
     assert loaded.host_ops == ()
     assert loaded(tiny, "The city of") == intervene(lens)(tiny, "The city of")
+
+
+def test_values_that_are_no_modules_own_are_no_host_ops(through, tiny) -> None:
+    def use(model, x, layer):
+        with model.trace(x):
+            model.layers[layer].resid_post[:, -1] *= 2
+            model.layers[layer].resid_pre = model.layers[layer].resid_pre * 2
+            model.layers[layer].attn.z[:, :, 0] = 0
+            logits = model.output.logits
+        return logits
+
+    loaded = through(use)
+    assert loaded.host_ops == ()
+    assert torch.equal(loaded(tiny, "The city of", 1), intervene(use)(tiny, "The city of", 1))

@@ -681,3 +681,21 @@ def test_a_failing_body_leaves_the_model_as_it_was(model: Any, plain_gpt2: Any) 
     with pytest.raises(ValueError, match="stop here"):
         use(model, PROMPT, check)
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in plain_gpt2.modules())
+
+
+def test_explain_tells_what_happens_at_which_step() -> None:
+    use = intervene.from_source("""
+def use(model, x):
+    with model.generate(x, max_new_tokens=4) as tracer:
+        model.layers[1].output[:, -1] *= 2
+        for step in tracer.iter[1:3]:
+            h = model.layers[0].output
+        for step in tracer.iter[:]:
+            print(step)
+        out = tracer.result
+    return out, h
+""")
+    text = str(use.explain(LanguageModel("tiny"), "The Eiffel Tower"))
+    assert "reads transformer.h.0 output at steps 1 to 2" in text
+    assert "writes transformer.h.1 output at step 0; writes transformer.h.1 output at every step from 1" in text
+    assert "generates to its end; gives what it returns" in text

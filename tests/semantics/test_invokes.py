@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -573,26 +572,6 @@ def test_rows_that_are_not_one_after_the_other_are_refused() -> None:
 
     with pytest.raises(RunError, match="`inner` output cannot be shared by invokes"):
         inner(NNsight(Halves()), torch.ones(1, 4))
-
-
-# --- the page ---
-
-PAGE = (Path(__file__).parents[2] / "docs" / "invokes.md").read_text(encoding="utf-8")
-(PRELUDE,) = re.findall(r"^```python prelude\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", PAGE, re.DOTALL | re.MULTILINE)
-
-
-@pytest.mark.parametrize(("code", "error"), EXAMPLES, ids=range(len(EXAMPLES)))
-def test_the_examples_of_the_page_do_what_it_says(code: str, error: str, tmp_path: Path) -> None:
-    assert len(EXAMPLES) == PAGE.count("```python\n")
-    path = tmp_path / "example.py"
-    path.write_text(PRELUDE + code, encoding="utf-8")
-    if not error:
-        runpy.run_path(str(path))
-        return
-    with pytest.raises(ExperimentError, match=re.escape(error)) as caught:
-        runpy.run_path(str(path))
-    assert f"{path}:" in str(caught.value)
 
 
 def test_a_value_in_a_dict_from_outside_lets_later_invokes_write_earlier_modules():

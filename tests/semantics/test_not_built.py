@@ -41,9 +41,10 @@ def test_the_same_undecorated(tiny: LanguageModel) -> None:
     ("line", "reason"),
     [
         ("for step in tracer.iter[:2]: pass", "`trace` runs one forward, which has no steps"),
+        ("tracer.log(1)", "a tracer has no `.log(…)`"),
     ],
 )
-def test_parts_of_the_language_that_do_not_run_yet(line: str, reason: str) -> None:
+def test_what_a_tracer_has_not(line: str, reason: str) -> None:
     body = f"    with model.trace(x) as tracer:\n        {line}\n        out = model.output\n"
     text = f"def use(model, x):\n{body}    return out\n"
     with pytest.raises(CompileError, match=re.escape(reason)) as found:
