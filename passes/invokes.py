@@ -54,6 +54,13 @@ def interpret_invoke(interpretation: ControlFlow, op: ops.Invoke) -> Completion 
             "close the first `with` before this one; its values can be used here",
             ((interpretation.span(running.invoke), "the invoke around it"),),
         )
+    if running.steps is not None:
+        fail(
+            span,
+            "an invoke inside of a loop over steps would bring its input at each of them",
+            "put the loop into the invoke",
+            ((running.steps.span, "the loop"),),
+        )
     _require_sure(interpretation, running, op)
     result = interpretation.builder.fresh(op.result.name)
     interpretation.scope[op.result] = Abstract(None, tracer.fact, span=span)
@@ -183,4 +190,4 @@ def settle(interpretation: ControlFlow, running: Forwarding, op: ops.Forward, ma
 
 def _of_all_rows(op: Op) -> Op:
     new = rewrite(op, region=lambda region: Region(region.parameters, tuple(map(_of_all_rows, region.ops))))
-    return replace(new, rows=None) if isinstance(new, (ops.Read, ops.Write, ops.Skip)) else new
+    return replace(new, rows=None) if isinstance(new, (ops.Read, ops.Write, ops.Skip, ops.Steps, ops.Cache)) else new

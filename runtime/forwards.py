@@ -143,7 +143,8 @@ class Forward:
         fired = [0] * len(self.sites)
         generation = None
         if self.generation is not None:
-            generation = self._generation(self.generation, root, kwargs, state, run, fired)
+            several = self.span if len(invokes) > 1 else None
+            generation = self._generation(self.generation, root, kwargs, state, run, fired, several)
         if invokes:
             args, kwargs = self._batched(model, invokes, kwargs, state, generation)
         elif generation is not None:
@@ -252,7 +253,14 @@ class Forward:
                 self._missed(site, count, "this forward" if step is None else f"step {step} of this generation")
 
     def _generation(
-        self, asked: Asked, root: nn.Module, kwargs: dict[str, Any], state: Any, run: object, fired: list[int]
+        self,
+        asked: Asked,
+        root: nn.Module,
+        kwargs: dict[str, Any],
+        state: Any,
+        run: object,
+        fired: list[int],
+        several: Span | None,
     ) -> Generation:
         """A generation that is about to run; takes from its arguments what is not the model's."""
         on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
@@ -270,7 +278,7 @@ class Forward:
 
         advance: Callable[[int], None] = lambda step: setattr(state, asked.slot, step)  # noqa: E731
         generation = Generation(advance, settle, None if on_token is None else plain, seed)
-        generation.check(asked.steps, root, kwargs)
+        generation.check(asked.steps, root, kwargs, several)
         return generation
 
     def _batched(
@@ -300,6 +308,12 @@ class Forward:
         if generation is None:
             return batch.args, batch.kwargs
         generation.sizes = sizes
+        encodes = getattr(getattr(ready(model), "config", None), "is_encoder_decoder", False)
+        if encodes and any(part.padding for part in batch.parts):
+            raise RunError(
+                f"{self.span}: prompts of an encoder that differ in length cannot be told apart at the steps of a"
+                " generation\n  way out: a `generate` for each prompt"
+            )
         kwargs = {name: value for name, value in batch.kwargs.items() if name != "position_ids"}
         return model._prepare_generation(batch.args, kwargs)  # the model makes positions at each step, from the mask
 

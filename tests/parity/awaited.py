@@ -4,7 +4,6 @@ import pytest
 
 AWAITED: dict[str, str] = {
     "edits": "edits",
-    "generation.invokes_in_generation": "the result of a generation in an invoke",
     "silent.an_edit_in_a_generation": "edits",
     "silent.a_child_is_edited": "edits",
     "loud.an_edited_view": "edits",
