@@ -53,7 +53,7 @@ def site_axes(model: Any, example: Inputs, path: str, port: PlacePort, call: int
     Raises:
         AxisError: they cannot be told.
     """
-    axes, _, _ = axes_of(model, *example)
+    axes, _, _ = axes_of(model, *example, (path,) if ":" in path else ())
     if "rows" in axes.fixed:
         raise AxisError(f"the model takes one number of rows only: {axes.reason}")
     if call < 0:

@@ -179,8 +179,11 @@ def settle(interpretation: ControlFlow, running: Forwarding, op: ops.Forward, ma
     interpretation.invoked[name] = tuple(invoke.result.name for invoke, _ in invokes)
     interpretation.inputs[name] = None
     if options is not None and len(given) == len(invokes):
+        taken = options[1]
+        if op.method == "generate":  # its options are none of the model's forward
+            taken = {each: value for each, value in taken.items() if each in handle._forward_parameters()}
         try:
-            batch = handle._batch(given, options[1])
+            batch = handle._batch(given, taken)
         except ModelError as error:
             interpretation.fail(running.span, str(error))
         interpretation.inputs[name] = batch.args, batch.kwargs

@@ -6,7 +6,7 @@ registered it: another thread, a run inside this one, and a module that the body
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any, Protocol, final
@@ -45,6 +45,7 @@ class Runnable(Protocol):
     def _ready(self) -> nn.Module: ...
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
     def _batch(self, given: Sequence[Given], options: Mapping[str, Any]) -> Batch: ...
+    def _forward_parameters(self) -> Collection[str]: ...
     def _prepare_generation(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
@@ -207,8 +208,9 @@ class Forward:
             if stopped is not None:
                 assert stopped.site is not None
                 assert stopped.where is not None
-                for site in (*self.sites, *self.results):
-                    not_reached(state, site.later, stopped.where)
+                for site in (*self.sites, *self.results):  # what earlier steps made stays
+                    missing = tuple(each for each in site.later if not hasattr(state, each.slot))
+                    not_reached(state, missing, stopped.where)
                 return
             generation.finish(self.generation.steps)
             for site in self.results:
@@ -294,14 +296,17 @@ class Forward:
             batch = model._batch(invokes, options)
         except ModelError as error:
             raise RunError(f"{self.span}: {error}") from None
+        inputs = batch.kwargs
+        if generation is not None:  # its options are none of the model's forward
+            inputs = {name: value for name, value in inputs.items() if name in model._forward_parameters()}
         if self.confirm is not None and not self._confirmed:
-            wrong = self.confirm(model, (batch.args, batch.kwargs), self.divided)
+            wrong = self.confirm(model, (batch.args, inputs), self.divided)
             if wrong is not None:
                 raise RunError(f"{self.span}: {wrong}")
             self._confirmed = True
         sizes = Sizes(batch.rows, batch.tokens)
         if self.axes is not None:
-            sizes.axes = self.axes(model, (batch.args, batch.kwargs))
+            sizes.axes = self.axes(model, (batch.args, inputs))
         for name, part in zip(self.invokes, batch.parts, strict=True):
             if name:
                 setattr(state, name, Share(part, sizes))

@@ -364,6 +364,8 @@ class _Generator(Statements):
                 arguments = [self.operand(value, op.span), ast.Constant(str(op.span))]
                 made = ast.Call(func=skipped, args=arguments, keywords=[])
                 return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
+            case Stop() if self.divided:
+                return [ast.Return(value=self.constant("stop", Stopped(op.span)))]
             case Stop():
                 return [ast.Assign(targets=[self._value(ast.Store())], value=self.constant("stop", Stopped(op.span)))]
             case Cache():
