@@ -83,6 +83,7 @@ def cache(specialiser: Interpretation, op: ops.Call, forward: Value, arguments: 
             option("device", None),
             option("dtype", None),
             option("detach", True),
+            running.rows,
             span=specialiser.span(op),
         )
     )

@@ -47,11 +47,15 @@ def fill_caches(program: Program, orders: Orders, modules: Modules) -> Program:
         if not caches:
             return op
         order, runnable = orders(op), [path for path, module in modules(op).items() if _has_forward(module)]
-        step = builder.fresh("step") if op.method == "generate" else None
-        made = [each for cache in caches for each in _records(cache, order, runnable, builder, step)]
-        if step is not None:
-            body = Region((step,), (*made, ops.Continue((), span=op.span)))
-            made = [ops.Steps(op.result, _START, _OPEN, body, span=op.span)]
+        made: list[Op] = []
+        for cache in caches:
+            step = builder.fresh("step") if op.method == "generate" else None
+            records = tuple(_records(cache, order, runnable, builder, step))
+            if step is None:
+                made += records
+            else:
+                body = Region((step,), records)
+                made.append(ops.Steps(op.result, _START, _OPEN, body, rows=cache.rows, span=cache.span))
         end = len(op.body.ops)
         if op.body.ops and isinstance(op.body.ops[-1], TERMINATORS):
             end -= 1

@@ -54,6 +54,13 @@ def interpret_invoke(interpretation: ControlFlow, op: ops.Invoke) -> Completion 
             "close the first `with` before this one; its values can be used here",
             ((interpretation.span(running.invoke), "the invoke around it"),),
         )
+    if running.steps is not None:
+        fail(
+            span,
+            "an invoke inside of a loop over steps would bring its input at each of them",
+            "put the loop into the invoke",
+            ((running.steps.span, "the loop"),),
+        )
     _require_sure(interpretation, running, op)
     result = interpretation.builder.fresh(op.result.name)
     interpretation.scope[op.result] = Abstract(None, tracer.fact, span=span)
@@ -181,8 +188,11 @@ def settle(interpretation: ControlFlow, running: Forwarding, op: ops.Forward, ma
     interpretation.invoked[name] = tuple(invoke.result.name for invoke, _ in invokes)
     interpretation.inputs[name] = None
     if options is not None and len(given) == len(invokes):
+        taken = options[1]
+        if op.method == "generate":  # its options are none of the model's forward
+            taken = {each: value for each, value in taken.items() if each in handle._forward_parameters()}
         try:
-            batch = handle._batch(given, options[1])
+            batch = handle._batch(given, taken)
         except ModelError as error:
             interpretation.fail(running.span, str(error))
         inputs = batch.args, batch.kwargs
@@ -193,4 +203,4 @@ def settle(interpretation: ControlFlow, running: Forwarding, op: ops.Forward, ma
 
 def _of_all_rows(op: Op) -> Op:
     new = rewrite(op, region=lambda region: Region(region.parameters, tuple(map(_of_all_rows, region.ops))))
-    return replace(new, rows=None) if isinstance(new, (ops.Read, ops.Write, ops.Skip)) else new
+    return replace(new, rows=None) if isinstance(new, (ops.Read, ops.Write, ops.Skip, ops.Steps, ops.Cache)) else new

@@ -288,6 +288,8 @@ class _Repetition:
             chosen = self._chosen_at_run(op)
             if chosen is not None:
                 made += self._guarded(op, chosen)
+            elif isinstance(op, ops.Invoke):  # it brings its rows once; the accesses inside say whose they mean
+                made += self._part(op.body.ops)
             elif any(True for _ in regions(op)) and not isinstance(op, ops.Closure):
                 made.append(self._filtered(op))
             else:

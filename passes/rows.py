@@ -55,7 +55,7 @@ def check_rows(program: Program, undivided: Callable[[ops.Forward, ops.Read | op
     wrong = []
     for forward in forwards(program.body):
         for op in walk(forward.body):
-            if not isinstance(op, (ops.Read, ops.Write)) or op.rows is None:
+            if not isinstance(op, (ops.Read, ops.Write)) or op.rows is None or op.port == "result":
                 continue
             reason = undivided(forward, op)
             if reason is not None:

@@ -34,6 +34,10 @@ class Schedule(Body):
         if entry.steps is not None:
             entry.step = first_step(entry.steps)
             moment = max(moment, (entry.step, self._start(op)))
+            if isinstance(op, ops.Stop):
+                before = [each.time for each in self.entries if each.order < entry.order and each.time != RESULT]
+                moment = max(moment, (entry.step, max(before, default=BEFORE)))
+                entry.closes = True
         elif entry.pin is not None:
             entry.step = self._step_of(entry, op, entry.pin)
         else:

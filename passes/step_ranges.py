@@ -150,4 +150,5 @@ def steps_op(
     """A region of the specialised program for these steps, whose number it does not use."""
     assert specialiser.forward is not None
     region = ops.Region((specialiser.builder.fresh("step"),), body)
-    return ops.Steps(specialiser.forward.result, Literal(start), Literal(stop), region, span=span)
+    running = specialiser.forward
+    return ops.Steps(running.result, Literal(start), Literal(stop), region, rows=running.rows, span=span)

@@ -51,7 +51,8 @@ class StepLoops(ControlFlow):
         with self._inside(op):
             (number, *carried), body, ends = self.loop_body(op, op.body, initial, Abstract(None, span=op.span))
         results = self.joined(op.results, [*ends, Completion("yield", initial)], frozenset({id(op)}))
-        loop = _Loop(self.builder, tuple(carried), results, self.span(op))
+        rows = None if self.forward is None else self.forward.rows
+        loop = _Loop(self.builder, tuple(carried), results, rows, self.span(op))
         for made in loop.lowered(steps, number, body, tuple(map(self.use, initial))):
             self.emit(made)
         return None
@@ -72,7 +73,8 @@ class StepLoops(ControlFlow):
         if made:
             stop = Literal(steps.stop)
             region = Region((number,), tuple(made))
-            self.emit(ops.Steps(steps.forward, Literal(steps.start), stop, region, span=self.span(op)))
+            rows = None if self.forward is None else self.forward.rows
+            self.emit(ops.Steps(steps.forward, Literal(steps.start), stop, region, rows=rows, span=self.span(op)))
         return None
 
     def _goes_on(self, op: Op, completion: Completion) -> None:
@@ -150,23 +152,32 @@ class StepLoops(ControlFlow):
 class _Loop:
     """A kept loop over steps, with its carried values in cells.
 
-    parameters: the carried values in the body; `results`: the same after the loop.
+    parameters: the carried values in the body; `results`: the same after the loop. rows: those of the invoke around it.
     """
 
-    def __init__(self, builder: Builder, parameters: tuple[Value, ...], results: tuple[Value, ...], span: Span) -> None:
-        self.builder, self.parameters, self.results, self.span = builder, parameters, results, span
+    def __init__(
+        self,
+        builder: Builder,
+        parameters: tuple[Value, ...],
+        results: tuple[Value, ...],
+        rows: Operand | None,
+        span: Span,
+    ) -> None:
+        self.builder, self.parameters, self.results, self.rows, self.span = builder, parameters, results, rows, span
         self.cells = tuple(builder.fresh(parameter.name) for parameter in parameters)
         self.broken = builder.fresh("broken")
 
     def lowered(
         self, steps: StepRange, number: Value, body: tuple[Op, ...], initial: tuple[Operand, ...]
     ) -> Iterator[Op]:
+        mentioned = {value for op in walk(Region((), body)) for value in used(op)}
         for cell, parameter, value in zip(self.cells, self.parameters, initial, strict=True):
-            yield ops.Cell(cell, parameter.name.partition(".")[0], value, span=self.span)
+            # There is at least one round: what each puts there, such as the loop's variable, needs nothing before it.
+            first = value if parameter in mentioned else UNBOUND
+            yield ops.Cell(cell, parameter.name.partition(".")[0], first, span=self.span)
         breaks = any(isinstance(op, ops.Break) for op in self._jumping(body))
         if breaks:
             yield ops.Cell(self.broken, "broken", Literal(False), span=self.span)
-        mentioned = {value for op in walk(Region((), body)) for value in used(op)}
         loads = [
             ops.Load(parameter, cell, None, span=self.span)
             for cell, parameter in zip(self.cells, self.parameters, strict=True)
@@ -179,7 +190,8 @@ class _Loop:
             made = [load, ops.If((), left, Region(), Region((), tuple(made)), span=self.span)]
         if made:
             region = Region((number,), tuple(made))
-            yield ops.Steps(steps.forward, Literal(steps.start), Literal(steps.stop), region, span=self.span)
+            start, stop = Literal(steps.start), Literal(steps.stop)
+            yield ops.Steps(steps.forward, start, stop, region, rows=self.rows, span=self.span)
         for cell, result in zip(self.cells, self.results, strict=True):
             yield ops.Load(result, cell, None, span=self.span)
 

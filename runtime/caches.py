@@ -19,6 +19,7 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.passes.caching import module_named
+from nnsight_compiler.runtime.rows import Withheld
 
 PORTS = ("output", "input", "inputs")
 
@@ -173,6 +174,8 @@ def _copy(value: Any, cache: ActivationCache, made: dict[int, Any], inside: bool
     that is `inside` such objects. What is one stays one."""
     if id(value) in made:
         return made[id(value)]
+    if isinstance(value, Withheld):  # its use says why it is not there
+        return value
     kind: Any = type(value)
     if isinstance(value, torch.Tensor):
         dtype = cache._dtype if cache._dtype is not None and value.is_floating_point() else value.dtype

@@ -6,7 +6,7 @@ registered it: another thread, a run inside this one, and a module that the body
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any, Protocol, final
@@ -45,6 +45,7 @@ class Runnable(Protocol):
     def _ready(self) -> nn.Module: ...
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
     def _batch(self, given: Sequence[Given], options: Mapping[str, Any]) -> Batch: ...
+    def _forward_parameters(self) -> Collection[str]: ...
     def _prepare_generation(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
@@ -143,7 +144,8 @@ class Forward:
         fired = [0] * len(self.sites)
         generation = None
         if self.generation is not None:
-            generation = self._generation(self.generation, root, kwargs, state, run, fired)
+            several = self.span if len(invokes) > 1 else None
+            generation = self._generation(self.generation, root, kwargs, state, run, fired, several)
         if invokes:
             args, kwargs = self._batched(model, invokes, kwargs, state, generation)
         elif generation is not None:
@@ -207,8 +209,9 @@ class Forward:
             if stopped is not None:
                 assert stopped.site is not None
                 assert stopped.where is not None
-                for site in (*self.sites, *self.results):
-                    not_reached(state, site.later, stopped.where)
+                for site in (*self.sites, *self.results):  # what earlier steps made stays
+                    missing = tuple(each for each in site.later if not hasattr(state, each.slot))
+                    not_reached(state, missing, stopped.where)
                 return
             generation.finish(self.generation.steps)
             for site in self.results:
@@ -253,7 +256,14 @@ class Forward:
                 self._missed(site, count, "this forward" if step is None else f"step {step} of this generation")
 
     def _generation(
-        self, asked: Asked, root: nn.Module, kwargs: dict[str, Any], state: Any, run: object, fired: list[int]
+        self,
+        asked: Asked,
+        root: nn.Module,
+        kwargs: dict[str, Any],
+        state: Any,
+        run: object,
+        fired: list[int],
+        several: Span | None,
     ) -> Generation:
         """A generation that is about to run; takes from its arguments what is not the model's."""
         on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
@@ -271,7 +281,7 @@ class Forward:
 
         advance: Callable[[int], None] = lambda step: setattr(state, asked.slot, step)  # noqa: E731
         generation = Generation(advance, settle, None if on_token is None else plain, seed)
-        generation.check(asked.steps, root, kwargs)
+        generation.check(asked.steps, root, kwargs, several)
         return generation
 
     def _batched(
@@ -287,20 +297,29 @@ class Forward:
             batch = model._batch(invokes, options)
         except ModelError as error:
             raise RunError(f"{self.span}: {error}") from None
+        inputs = batch.kwargs
+        if generation is not None:  # its options are none of the model's forward
+            inputs = {name: value for name, value in inputs.items() if name in model._forward_parameters()}
         if self.confirm is not None and not self._confirmed:
-            wrong = self.confirm(model, (batch.args, batch.kwargs), self.divided)
+            wrong = self.confirm(model, (batch.args, inputs), self.divided)
             if wrong is not None:
                 raise RunError(f"{self.span}: {wrong}")
             self._confirmed = True
         sizes = Sizes(batch.rows, batch.tokens)
         if self.axes is not None:
-            sizes.axes = self.axes(model, (batch.args, batch.kwargs))
+            sizes.axes = self.axes(model, (batch.args, inputs))
         for name, part in zip(self.invokes, batch.parts, strict=True):
             if name:
                 setattr(state, name, Share(part, sizes))
         if generation is None:
             return batch.args, batch.kwargs
         generation.sizes = sizes
+        encodes = getattr(getattr(ready(model), "config", None), "is_encoder_decoder", False)
+        if encodes and any(part.padding for part in batch.parts):
+            raise RunError(
+                f"{self.span}: prompts of an encoder that differ in length cannot be told apart at the steps of a"
+                " generation\n  way out: a `generate` for each prompt"
+            )
         kwargs = {name: value for name, value in batch.kwargs.items() if name != "position_ids"}
         return model._prepare_generation(batch.args, kwargs)  # the model makes positions at each step, from the mask
 

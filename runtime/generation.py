@@ -97,6 +97,8 @@ class Generation:
                 counter.count = 0
             if self.sizes is not None:
                 self.sizes.tokens += 1
+                self.sizes.step += 1
+                self.sizes.ended = self.ended
         self.count += 1
         self.advance(self.step)
 
@@ -110,12 +112,27 @@ class Generation:
             result = generate(*args, **kwargs)
         if self.count:
             self.settle(self.step)
+        if self.sizes is not None:
+            self.sizes.ended = self.ended
         return result
 
-    def check(self, wanted: Sequence[Wanted], module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-        """Refuses steps that cannot come, and arguments that cannot go together, before the model runs."""
+    def check(
+        self, wanted: Sequence[Wanted], module: nn.Module, kwargs: Mapping[str, Any], divided: Span | None = None
+    ) -> None:
+        """Refuses steps that cannot come, and arguments that cannot go together, before the model runs.
+
+        Args:
+            divided: the forward, where several invokes divide it.
+        """
         config = kwargs.get("generation_config") or getattr(module, "generation_config", None)
         beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        for name in ("num_beams", "num_return_sequences", "stop_strings") if divided is not None else ():
+            found = kwargs.get(name) or getattr(config, name, None)
+            if found not in (None, 1):
+                raise RunError(
+                    f"{divided}: `{name}={found!r}` does not go with several invokes: which rows are whose, and which"
+                    " have ended, cannot be told then\n  way out: a `generate` for each prompt"
+                )
         if self.on_token is not None and beams > 1:
             raise RunError("`on_token=` is called with the tokens of a row, and a row of beams has none until its end")
         most = kwargs.get("max_new_tokens")

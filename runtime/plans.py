@@ -331,6 +331,10 @@ class _Generator(Statements):
                 return self.block(body.ops)
             case Read(result=result, port=port):
                 self.reads[result.name] = op
+                if port == "result" and op.rows is not None:
+                    own = ast.Attribute(value=self.operand(op.rows, op.span), attr="result", ctx=ast.Load())
+                    part = ast.Call(func=own, args=[self._value()], keywords=[])
+                    return [ast.Assign(targets=[self.target(result)], value=part)]
                 if self.divided:
                     return [ast.Assign(targets=[self.target(result)], value=self._read_share(op))]
                 if result.name in self.direct:
@@ -360,6 +364,8 @@ class _Generator(Statements):
                 arguments = [self.operand(value, op.span), ast.Constant(str(op.span))]
                 made = ast.Call(func=skipped, args=arguments, keywords=[])
                 return [ast.Assign(targets=[self._value(ast.Store())], value=made)]
+            case Stop() if self.divided:
+                return [ast.Return(value=self.constant("stop", Stopped(op.span)))]
             case Stop():
                 return [ast.Assign(targets=[self._value(ast.Store())], value=self.constant("stop", Stopped(op.span)))]
             case Cache():
@@ -486,6 +492,11 @@ class _Generator(Statements):
             body.append(ast.Assign(targets=[self.target(number)], value=step))
         body += self.within(op.body, self.exits)
         start, last = first_step(op), last_step(op)
+        if op.rows is not None:
+            least = 0 if not op.asked else start + 1 if last == math.inf else int(last) + 1
+            lasts = ast.Attribute(value=self.operand(op.rows, op.span), attr="lasts", ctx=ast.Load())
+            asked = ast.Call(func=lasts, args=[ast.Constant(least), ast.Constant(str(op.span))], keywords=[])
+            body = [ast.If(test=asked, body=body or [ast.Pass()], orelse=[])]
         if last == start:
             test = ast.Compare(left=step, ops=[ast.Eq()], comparators=[ast.Constant(start)])
         elif last == math.inf and start == 0:
@@ -507,7 +518,9 @@ class _Generator(Statements):
         self.divided = False
         if isinstance(at, At):
             name = self.names.fresh(f"at.{at.module.path}.{at.port}" if at.module.path else f"at.{at.port}")
-            self.divided = any(isinstance(each, (Read, Write)) and each.rows is not None for each in walk(at.body))
+            self.divided = at.port != "result" and any(
+                isinstance(each, (Read, Write)) and each.rows is not None for each in walk(at.body)
+            )
             if not self.divided and not any(
                 isinstance(each, (Write, SetItem)) or pauses(each, self.pausing) for each in walk(at.body)
             ):
@@ -541,7 +554,8 @@ class _Generator(Statements):
     def _read_directly(self, at: At) -> None:
         """Has the reads of a site that is not written stand for its value, without a variable of their own."""
         for op in walk(at.body):
-            if isinstance(op, Read) and op.port != "input" and op.result.name not in self.crossing:
+            plain = isinstance(op, Read) and op.port != "input" and not (op.port == "result" and op.rows is not None)
+            if plain and isinstance(op, Read) and op.result.name not in self.crossing:
                 self.names.give(op.result, self.names[self.value])
                 self.direct.add(op.result.name)
 
@@ -606,7 +620,9 @@ def _uses(region: Region, where: object) -> Iterator[tuple[object, Value]]:
         if isinstance(op, (Read, Write, Skip)):
             held = [] if isinstance(op, Read) else [value for value in used(op) if value is not _model(op)]
             taken = [*held, *(() if op.rows is None else values_in(op.rows))]
-        elif isinstance(op, (At, Stop, Steps, Grad)):
+        elif isinstance(op, Steps):
+            taken = [] if op.rows is None else list(values_in(op.rows))
+        elif isinstance(op, (At, Stop, Grad)):
             taken = []
         elif isinstance(op, SetGrad):
             taken = list(values_in(op.gradient))

@@ -8,8 +8,8 @@ invokes assign.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, final
 
 import torch
@@ -31,11 +31,16 @@ SitesAxes = Callable[[str, PlacePort, int], "SiteAxes"]
 @dataclass(slots=True)
 class Sizes:
     """How many rows a running forward has, and up to which position its tokens reach: in a later step of a generation,
-    that is more than it is given. `axes`: what stands at its sites, where its inputs were not known before."""
+    that is more than it is given. `axes`: what stands at its sites, where its inputs were not known before.
+
+    step: the step of a generation that runs. ended: for each row, the number of its steps once its sequence has ended.
+    """
 
     rows: int
     tokens: int
     axes: SitesAxes | None = None
+    step: int = 0
+    ended: list[int | None] = field(default_factory=list)
 
 
 @final
@@ -55,6 +60,64 @@ class Share:
         """How many of the last `size` positions up to now are padding of this invoke's."""
         return max(0, self.part.padding - (self.sizes.tokens - size))
 
+    @property
+    def length(self) -> int | None:
+        """How many steps its rows have had in a generation, if all of them have ended."""
+        ended = self.sizes.ended[self.part.start : self.part.stop]
+        known = [each for each in ended if each is not None]
+        return max(known) if known and len(known) == len(ended) else None
+
+    def lasts(self, least: int, where: str) -> bool:
+        """Whether the step that runs is one of its own: those that follow its end are other invokes'.
+
+        Args:
+            least: how many steps it must have.
+        """
+        length, step = self.length, self.sizes.step
+        if length is None or step < length:
+            return True
+        if step < least:
+            raise RunError(
+                f"{where}: this is meant for step {step} too, but the rows of this invoke ended at an end of sequence"
+                f" after step {length - 1}, so it did not happen\n"
+                f"  way out: `min_new_tokens={least}` makes it go on; a loop over `tracer.iter[:]` takes the steps that"
+                " come"
+            )
+        return False
+
+    def result(self, value: Any) -> Any:
+        """What it has of what a generation returned: what it would return for this invoke alone."""
+        if isinstance(value, torch.Tensor):
+            return self._ids(value)
+        if not isinstance(value, Mapping):
+            return Withheld(_undivided(value))
+        steps = self.sizes.step + 1 if self.length is None else self.length
+        parts: dict[str, Any] = {}
+        for name, held in value.items():
+            match name, held:
+                case "sequences", torch.Tensor():
+                    parts[name] = self._ids(held)
+                case "scores" | "logits", tuple():
+                    parts[name] = tuple(map(self._rows, held[:steps]))
+                case _:
+                    parts[name] = Withheld(_undivided(held, name))
+        made: Callable[..., Any] = type(value)
+        return made(**parts)
+
+    def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.dim() or tensor.shape[0] != self.sizes.rows:
+            raise RunError(f"the generation returned {described(tensor)} for {self.sizes.rows} rows of invokes")
+        return tensor.narrow(0, self.part.start, self.part.rows)
+
+    def _ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Without the padding before its prompt, and after its end."""
+        own = self._rows(ids)
+        if own.dim() < 2:
+            return own
+        start = self.padding(own.shape[1] - 1)  # the last token was given to no forward
+        after = 0 if self.length is None else self.sizes.step + 1 - self.length
+        return own.narrow(1, start, own.shape[1] - start - after)
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -69,6 +132,11 @@ class SiteAxes:
     def plain(self) -> bool:
         """Whether a single tensor stands there."""
         return bool(self.structure.is_leaf())
+
+
+def _undivided(value: Any, name: str = "") -> str:
+    part = f"`{name}`, " if name else ""
+    return f"the result of a generation holds {part}{described(value)}, which cannot be divided among invokes"
 
 
 class CannotDivideError(Exception):
@@ -347,6 +415,8 @@ def region(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> tuple[torch.
                 tensor = tensor.narrow(dim, part.start * times, part.rows * times)
             case Extent(constant=0, rows=0, tokens=1, rows_tokens=0):
                 padding = share.padding(size)
+                if padding and size > share.sizes.tokens:
+                    raise CannotDivideError(f"a dimension of it has room for {size} tokens, more than came yet")
                 if padding:
                     tensor = tensor.narrow(dim, padding, size - padding)
             case Extent(constant=0, rows=0, tokens=0, rows_tokens=times):

@@ -499,7 +499,8 @@ class Invoke(Op):
 class Steps(Op):
     """Runs its body at each of these steps of a generation; the parameter is the step's number. Open-ended where
     `stop` is `Literal(None)`. What the body defines is, after it, as it was at the last step. `asked`: whether the
-    program names these steps, so that they must come; `repeat_writes` makes others."""
+    program names these steps, so that they must come; `repeat_writes` makes others. `rows`: the result of the `invoke`
+    whose steps are meant, which are over when all its rows have ended."""
 
     effects = Effect.MODEL
     tracer: Operand
@@ -507,6 +508,7 @@ class Steps(Op):
     stop: Operand
     body: Region
     asked: bool = True
+    rows: Operand | None = None
 
 
 @final

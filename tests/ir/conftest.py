@@ -399,7 +399,8 @@ class Maker:
         return {**held, "results": results, "body": body}
 
     def make_steps(self, place: Place) -> dict[str, Any]:
-        held = {"tracer": self.operand(), "start": self.operand(), "stop": self.operand(), "asked": self.flag()}
+        held = {"tracer": self.operand(), "start": self.operand(), "stop": self.operand()}
+        held |= {"asked": self.flag(), "rows": self.operand() if self.flag() else None}
         return {**held, "body": self.region(replace(place, yields=0, needed=0), 1, closed=False)}
 
     def program(self, kind: Any = None) -> Program:

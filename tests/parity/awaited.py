@@ -3,7 +3,6 @@
 import pytest
 
 AWAITED: dict[str, str] = {
-    "generation.invokes_in_generation": "the result of a generation in an invoke",
     "source.an_operation_changed.experiment": "operations of a model whose input the experiment computes",
     "source.an_operations_input.experiment": "operations of a model whose input the experiment computes",
     "source.an_assignment_in_a_forward.experiment": "operations of a model whose input the experiment computes",
