@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from every_feature import FEATURES, Feature
+from test_every_feature import assert_same
 
 from nnsight_compiler import LanguageModel, NNsight, intervene
 
@@ -96,3 +98,15 @@ def test_the_tiny_model_is_loaded_to_a_device_map() -> None:
         logits = model.lm_head.output[:, -1].save()
     assert logits.device.type == "cuda"
     assert model.tokenizer.decode(logits.argmax(-1)[0]).strip() == "Paris"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
+def test_every_feature_means_the_same_there(feature: Feature, dtype: torch.dtype) -> None:
+    module = feature.module().to("cuda", dtype)
+    x = feature.inputs(0).to("cuda")
+    x = x.to(dtype) if x.is_floating_point() else x
+    found = feature.program(feature.wrapped(module), x)
+    with torch.set_grad_enabled(feature.gradients):
+        wanted = feature.oracle(module, x)
+    assert_same(found, wanted, feature, 1e-5 if dtype == torch.float32 else 2e-2)
