@@ -23,6 +23,8 @@ from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.assignments import described
 
+AGAIN = "backward through the graph a second time"
+"""What torch says where a graph was used before, and freed."""
 IN_PLACE = "modified by an inplace operation"
 """What torch says where a value that a gradient needs was written over."""
 
@@ -329,6 +331,11 @@ class Backward:
         return tracked.edge.node.register_prehook(hook)
 
     def _explained(self, error: RuntimeError) -> Exception:
+        if AGAIN in str(error):
+            return RunError(
+                f"{self.span}: an earlier backward pass of this forward freed what was recorded; the invokes of one"
+                " forward are recorded as one\n  way out: `.backward(retain_graph=True)` in all but the last"
+            )
         if IN_PLACE not in str(error):
             return error
         lines = ", ".join(str(span.line) for span in self.changes)

@@ -396,3 +396,15 @@ def test_modes_and_threads(mode):
     for thread in threads:
         thread.join()
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_write_at_the_site_that_is_recorded_is_noticed() -> None:
+    net, x = NNsight(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), torch.ones(1, 4)
+    with net.trace() as tracer:
+        with tracer.invoke(x):
+            first = tracer.cache(modules=["0"]).save()
+        with tracer.invoke(2 * x):
+            second = tracer.cache(modules=["0"]).save()
+            net[0].output[:] += 1
+    assert torch.allclose(first["0"].output, net._module[0](x))
+    assert torch.allclose(second["0"].output, net._module[0](2 * x) + 1)

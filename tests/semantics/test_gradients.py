@@ -969,6 +969,20 @@ def test_each_invoke_has_a_backward_pass_of_its_own_and_writes_its_rows_alone(ti
     assert torch.allclose(b, alone(tiny, PROMPTS[1], "transformer.h.0"), rtol=1e-3, atol=1e-4)
 
 
+def test_a_second_backward_pass_of_one_forward_asks_for_the_graph_to_be_kept(model, x) -> None:
+    @intervene
+    def run(model, x):
+        with model.trace() as tracer:
+            with tracer.invoke(x), model.output.sum().backward():
+                a = model.layers[0].output.grad
+            with tracer.invoke(x), model.output.sum().backward():
+                b = model.layers[0].output.grad
+        return a, b
+
+    with pytest.raises(RunError, match=r"test_gradients\.py:\d+:\d+: an earlier backward.*\n.*retain_graph=True"):
+        run(model, x)
+
+
 # --- what is left behind ---
 
 
