@@ -132,7 +132,11 @@ class LanguageModel(NNsight):
             with self._lock:
                 if not self._loaded:
                     assert self._checkpoint is not None
-                    self._wrapped = self._checkpoint.load()
+                    loaded = self._checkpoint.load()
+                    for path in sorted(self._attached):  # what the user attached before there were weights
+                        owner, _, name = path.rpartition(".")
+                        loaded.get_submodule(owner).add_module(name, self._wrapped.get_submodule(path))
+                    self._wrapped = loaded
                     self._loaded = True
         return self._wrapped
 

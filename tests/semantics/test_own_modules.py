@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight_compiler import CompileError, NNsight, RunError, intervene
+from nnsight_compiler import CompileError, LanguageModel, NNsight, RunError, intervene
 from nnsight_compiler.models.view import OutsideTraceError
 
 
@@ -155,3 +155,13 @@ def test_mistakes(model: NNsight, body: str, reason: str) -> None:
         intervene.from_source(text)(model, X)
     assert found.value.diagnostics[0].span.line == 3
     assert "way out" in str(found.value)
+
+
+def test_a_module_that_is_attached_before_the_weights_are_loaded_stays() -> None:
+    model, probe = LanguageModel("tiny"), nn.Linear(128, 4)
+    model.layers[1].probe = probe
+    with model.trace("The Eiffel Tower"):
+        hidden = model.layers[1].output.save()
+        found = model.layers[1].probe(hidden).save()
+    assert torch.equal(found, probe(hidden))
+    assert model.layers[1].probe._module is probe
