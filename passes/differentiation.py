@@ -65,6 +65,13 @@ def _check(specialiser: Interpretation, loss: Abstract, span: Span) -> None:
             "run the model on the whole sequence with `trace`, and take the gradient there",
             ((forward.span, "the generation"),),
         )
+    if forward is not None and forward.op.method == "scan":
+        specialiser.fail(
+            span,
+            "a scan records no gradients: a gradient has the shape of what it is of",
+            "leave it out of the scan, or run it with `model.trace(…)`",
+            ((forward.span, "the scan"),),
+        )
 
 
 def grad(specialiser: Interpretation, op: ops.Grad) -> Abstract:

@@ -231,3 +231,16 @@ def test_a_scan_beside_a_run_is_refused(untouched: LanguageModel):
 
     with pytest.raises(CompileError, match="this is a scan, whose values have shapes only"):
         both(untouched, PROMPTS[0])
+
+
+def test_gradients_are_refused() -> None:
+    @intervene
+    def run(model, x):
+        with model.scan(x):
+            hidden = model[0].output
+            with model.output.sum().backward():
+                gradient = hidden.grad
+        return gradient
+
+    with pytest.raises(CompileError, match=r"test_scan\.py:\d+:\d+: a scan records no gradients[\s\S]*way out: leave"):
+        run(NNsight(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), torch.ones(1, 4))
