@@ -295,8 +295,8 @@ class Calls(Inlining):
             case Tracer():
                 fail(
                     op.span,
-                    f"a tracer has no `.{name}(…)`",
-                    "it has `invoke`, `iter`, `all`, `next`, `result`, `stop`, `cache`, `position`, `barrier`",
+                    f"`tracer.{name}` is not called like this",
+                    "`all()` and `next()` take no arguments, and `iter` takes steps in brackets: `iter[:]`",
                 )
             case Known(value=value) if isinstance(value, torch.Tensor):
                 pass

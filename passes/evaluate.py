@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from nnsight_compiler.passes.interpretation import Interpretation
 
 PORTS = ("output", "input", "inputs")
+TRACER = ("invoke", "iter", "all", "next", "result", "output", "stop", "cache", "position", "barrier")
+"""What a tracer has."""
 LIBRARIES = frozenset({"torch", "numpy", "einops", "transformers", *sys.stdlib_module_names}) - {"__main__"}
 """Packages whose modules' attributes no experiment assigns."""
 PLAIN_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout"}
@@ -312,6 +314,9 @@ class Evaluator(Items):
             running = self.specialiser.forward
             port = "result" if running.op.method == "generate" else "output"
             return self._read(op, self._module_value(running.module.handle._root, running.module, op.span), port)
+        if name not in TRACER:
+            names = ", ".join(f"`{each}`" for each in TRACER)
+            self.specialiser.fail(self.specialiser.span(op), f"a tracer has no `.{name}`", f"it has {names}")
         return Abstract(None, Method(base, name), span=op.span)
 
     def _read(self, op: ops.Attribute | ops.Read, base: Abstract, port: str) -> Abstract:

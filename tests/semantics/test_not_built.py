@@ -41,7 +41,9 @@ def test_the_same_undecorated(tiny: LanguageModel) -> None:
     ("line", "reason"),
     [
         ("for step in tracer.iter[:2]: pass", "`trace` runs one forward, which has no steps"),
-        ("tracer.log(1)", "a tracer has no `.log(…)`"),
+        ("tracer.log(1)", "a tracer has no `.log`"),
+        ("tracer.foo", "a tracer has no `.foo`"),
+        ("tracer.all(1)", "`tracer.all` is not called like this"),
     ],
 )
 def test_what_a_tracer_has_not(line: str, reason: str) -> None:
