@@ -66,7 +66,8 @@ class EditContext(Skipped):
             block = _blocks.get(key) or _lowered(key, frame)
             edit = _edit(block, frame)
             edited = self._model._with_edits((*self._model._edits, edit))
-            check(edited)
+            if not edited._is_known:
+                check(edited)
         except Exception as error:
             _blocks.pop(key, None)
             error.__traceback__ = trimmed(error)

@@ -101,9 +101,18 @@ class NNsight(ModuleView):
         return super().__getattr__(name)
 
     @property
+    def _root(self) -> NNsight:  # type: ignore[override]  # a module's is another model
+        return self
+
+    @property
     def _base(self) -> NNsight:
         """The model itself, of which an edited view shares everything but its edits."""
         return vars(self).get("_origin") or self
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether something was compiled for edits of this code before."""
+        return tuple(id(edit.program.body) for edit in self._edits) in self._tokens
 
     def _with_edits(self, edits: tuple[Edit, ...]) -> Self:
         """A view of the same model with these edits."""

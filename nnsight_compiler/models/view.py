@@ -57,7 +57,8 @@ class ModuleView:
     _path: str
 
     def __init__(self, root: NNsight, path: str) -> None:
-        object.__setattr__(self, "_root", root)
+        if root is not self:  # a model is its own root, without holding itself
+            object.__setattr__(self, "_root", root)
         object.__setattr__(self, "_path", path)
 
     @property

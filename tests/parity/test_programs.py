@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,34 @@ TOLERANCE = {}
 """Absolute and relative tolerance, where it is not 0: the two libraries then compute in another order."""
 
 
-FORMS = {"modules.an_attached_module": ("blocks",)}
-"""The forms of a program, where not both: a module is attached outside of experiments, which leave the model alone."""
+FORMS = {
+    "modules.an_attached_module": ("blocks",),
+    **{
+        f"edits.{name}": ("blocks",)
+        for name in (
+            "in_place",
+            "cleared",
+            "an_edit_and_a_write",
+            "an_edit_and_a_read_of_it",
+            "two_edits",
+            "a_vector_captured",
+        )
+    },
+}
+"""The forms of a program, where not both: experiments leave the model alone, so that modules are attached, and models
+edited in place, outside of them."""
+
+
+ALL = os.environ.get("NNSIGHT_COMPILER_PARITY") == "all"
+"""Whether each program runs in both forms; by default it runs in one, in turns."""
 
 
 def cases() -> list[Any]:
     found = []
     for file in sorted(PROGRAMS.glob("*.py")):
-        for name in names(file):
-            for form in FORMS.get(f"{file.stem}.{name}", ("blocks", "experiment")):
+        for number, name in enumerate(names(file)):
+            forms = ("blocks", "experiment")
+            for form in FORMS.get(f"{file.stem}.{name}", forms if ALL else forms[number % 2 :][:1]):
                 key = f"{file.stem}.{name}"
                 marks = mark(f"{key}.{form}", key, file.stem)
                 found.append(pytest.param(file, name, form, id=f"{key}-{form}", marks=marks))
