@@ -6,6 +6,8 @@ what runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import NoneType
 
@@ -200,13 +202,21 @@ class ControlFlow(Interpretation):
         ends.append(end)
         return Region(tuple(value for value in parameters if isinstance(value, Value)), tuple(made))
 
-    def unrolled(self, op: ops.For, items: list[Abstract], carried: tuple[Abstract, ...]) -> Completion | None:
+    def unrolled(
+        self,
+        op: ops.For,
+        items: Iterable[Abstract],
+        carried: tuple[Abstract, ...],
+        around: Callable[[Abstract], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> Completion | None:
+        """The rounds of a loop one after the other; `around` is what each is interpreted in."""
         rolled, self.rolled = self.rolled, []
         self.unrolling.append(op)
         try:
             for item in items:
-                self.bind(op.body.parameters, (item, *carried))
-                completion = self.region(op.body)
+                with around(item):
+                    self.bind(op.body.parameters, (item, *carried))
+                    completion = self.region(op.body)
                 if completion.kind == "break":
                     self.bind(op.results, completion.values)
                     return None

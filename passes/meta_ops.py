@@ -7,7 +7,7 @@ any more. Where the program itself changes the shape of a tensor in place (`unsq
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -240,16 +240,7 @@ class MetaOps(MetaValues):
         if op.port == "inputs":
             self.open_sites(site[0])
             return
-        if held is UNKNOWN or self.blind:
-            return
-        if new is not UNKNOWN and not isinstance(new, Method):
-            wrong = misfit(held, new if new is not INTEGER else 0)
-            if wrong is not None:
-                self.report(op, Mistake(*wrong))
-                return
-        if not isinstance(held, torch.Tensor) and not same(held, new):
-            self.open_sites(site[0])
-        self.sites[site] = copied(held)
+        self._replace(op, site, held, new, misfit)
 
     def _skip(self, op: ops.Skip) -> None:
         """What is given must be as what the module would have returned: it takes its place."""
@@ -258,10 +249,16 @@ class MetaOps(MetaValues):
         new = self.value(op.value)
         output = ops.Write(op.module, "output", op.value, op.call, span=op.span)
         site, held = self._site(output)
+        self._replace(op, site, held, new, cannot_stand_for)
+
+    def _replace(
+        self, op: Op, site: tuple[Any, ...], held: Any, new: Any, why_not: Callable[[Any, Any], tuple[str, str] | None]
+    ) -> None:
+        """A value takes the place of what a site holds, unless it cannot."""
         if held is UNKNOWN or self.blind:
             return
         if new is not UNKNOWN and not isinstance(new, Method):
-            wrong = cannot_stand_for(held, new if new is not INTEGER else 0)
+            wrong = why_not(held, new if new is not INTEGER else 0)
             if wrong is not None:
                 self.report(op, Mistake(*wrong))
                 return

@@ -27,7 +27,7 @@ from nnsight_compiler.ir.traverse import regions, used, walk
 from nnsight_compiler.ir.values import UNBOUND, Literal, Operand, Value
 from nnsight_compiler.passes.control_flow import ControlFlow
 from nnsight_compiler.passes.decisions import Undecided
-from nnsight_compiler.passes.facts import Abstract, Elements, StepRange, constant
+from nnsight_compiler.passes.facts import Abstract, Elements, Known, StepRange, constant
 from nnsight_compiler.passes.interpretation import AccessInClosure, Completion
 from nnsight_compiler.passes.step_ranges import steps_op
 
@@ -42,7 +42,7 @@ class StepLoops(ControlFlow):
         numbers = self._numbers(op, steps)
         initial = tuple(map(self.abstract, op.initial))
         if numbers is not None:
-            return self._each_step(op, steps, numbers, initial)
+            return self.unrolled(op, map(constant, numbers), initial, lambda number: self._at(op, number))
         if op.orelse is not None:
             self.fail(op.span, "a loop over steps has no `else`", "put it after the loop")
         for value in initial:
@@ -61,7 +61,7 @@ class StepLoops(ControlFlow):
         numbers = self._numbers(op, steps)
         if numbers is not None:
             for step in numbers:
-                with self._at(op, step):
+                with self._at(op, constant(step)):
                     self.scope[op.result] = constant(step)
                     completion = self.region(op.body)
                 self._goes_on(op, completion)
@@ -111,30 +111,11 @@ class StepLoops(ControlFlow):
             )
         return None
 
-    def _each_step(
-        self, op: ops.For, steps: StepRange, numbers: Sequence[int], carried: tuple[Abstract, ...]
-    ) -> Completion | None:
-        rolled, self.rolled = self.rolled, []
-        self.unrolling.append(op)
-        try:
-            for step in numbers:
-                with self._at(op, step):
-                    self.bind(op.body.parameters, (constant(step), *carried))
-                    completion = self.region(op.body)
-                if completion.kind == "break":
-                    self.bind(op.results, completion.values)
-                    return None
-                if completion.kind not in ("end", "continue", "yield"):
-                    return completion
-                carried = completion.values
-        finally:
-            self.rolled = rolled
-            self.unrolling.pop()
-        return self.loop_else(op, carried)
-
     @contextmanager
-    def _at(self, op: Op, step: int) -> Iterator[None]:
+    def _at(self, op: Op, number: Abstract) -> Iterator[None]:
         """What is emitted in it happens at this step."""
+        assert isinstance(number.fact, Known)
+        step = number.fact.value
         with self._inside(op), self.builder.region() as made:
             yield
         if made:
