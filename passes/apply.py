@@ -17,6 +17,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.values import NONE, Module, Operand, Value
 from nnsight_compiler.passes import caching, differentiation
 from nnsight_compiler.passes.behaviour import KnownCall
+from nnsight_compiler.passes.bounded import TEXT, is_long, may_call
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
@@ -33,6 +34,7 @@ from nnsight_compiler.passes.facts import (
     constant,
     holds_values,
     immutable,
+    size_of,
 )
 from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
 from nnsight_compiler.passes.known_calls import METHODS, known_function, known_method, known_target, names_class
@@ -143,7 +145,7 @@ class Calls(Inlining):
         if not _hashable(value) or value not in FOLDED or keywords:
             return None
         facts = [part.fact for part in plain if isinstance(part.fact, Known) and immutable(part.fact.value)]
-        if len(facts) != len(plain):
+        if len(facts) != len(plain) or not may_call(value, [fact.value for fact in facts]):
             return None
         try:
             result = value(*(fact.value for fact in facts))
@@ -157,6 +159,8 @@ class Calls(Inlining):
                 return folded
             return self._deferred(op, function, arguments, known_function(value), Known(result))
         spelled = ", ".join(fact.text if fact.text is not None else repr(fact.value) for fact in facts)
+        if len(spelled) > TEXT:
+            return None
         fact = Known(result, f"{function.fact.text}({spelled})") if immutable(result) else None
         if isinstance(result, range):
             return self._deferred(op, function, arguments, known_function(value), fact)
@@ -245,7 +249,9 @@ class Calls(Inlining):
         match base.fact:
             case Elements(kind="tuple" | "list", items=list() as items):
                 fact = Elements(value.__name__, list(items))
-            case Known(value=held, text=None) if immutable(held) and hasattr(held, "__iter__"):
+            case Known(value=held, text=None) if (
+                immutable(held) and hasattr(held, "__iter__") and not (isinstance(held, range) and is_long(held))
+            ):
                 fact = Elements(value.__name__, [constant(item) for item in held])
             case Known(value=held) if immutable(held) and hasattr(held, "__iter__"):
                 fact = Iteration("same", (base,))
@@ -386,12 +392,16 @@ class Calls(Inlining):
                 return self.save(op, function.fact.receiver)
             case "append", [item] if items is not None:
                 items.append(item)
+                container.size += size_of(item)
+                self.specialiser.work(0, container.size)
                 if item.operand is None:
                     return Abstract(NONE, Known(None))
             case "append", [item]:
                 container.held |= bool(item.live) or holds_values(item.fact)
             case "extend", [Abstract(fact=Elements(items=list() as more))] if items is not None:
                 items.extend(more)
+                container.size += sum(map(size_of, more))
+                self.specialiser.work(0, container.size)
             case "items", [] if container.kind == "dict" and items is not None:
                 pairs = zip(container.keys, items, strict=True)
                 return self.specialiser.pack([self.specialiser.pack([key, item]) for key, item in pairs])

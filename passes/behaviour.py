@@ -30,6 +30,9 @@ class Behaviour(Enum):
     """It changes its receiver and stores its other arguments in it. Ordered; nothing moves aside for it."""
     HARMLESS = auto()
     """It shows, measures or sets something outside the program's values, and keeps nothing. Ordered."""
+    BARRIER = auto()
+    """It runs no code of the user's, and reaches nothing but what it is given. What it does to that is not told: the
+    passes take it for a host call, and only its name is known."""
 
 
 @final
@@ -96,9 +99,11 @@ class KnownCall:
 def behaviour_of(known: KnownCall, arguments: Sequence[Argument]) -> KnownCall | None:
     """The row of a call with these arguments, the receiver of a method first: `out=` and `inplace=` make it write.
 
-    `None` if an argument may bring a function of the user's which the call would run, or if a method takes no such
-    arguments: then it is a host call.
+    `None` if an argument may bring a function of the user's which the call would run, if a method takes no such
+    arguments, or if the row is a barrier's: then it is a host call.
     """
+    if known.behaviour is Behaviour.BARRIER:
+        return None
     if known.takes is not None and not _fits(known.takes, arguments):
         return None
     if any(_given(place, arguments, _is_literal) for place in known.calls):

@@ -18,6 +18,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes import editing
+from nnsight_compiler.passes.bounded import MAX_ROUNDS
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -31,8 +32,6 @@ from nnsight_compiler.passes.facts import (
 )
 from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Forwarding, Interpretation
 from nnsight_compiler.passes.invokes import brings_input, first_inputs, settle
-
-MAX_ROUNDS = 100_000
 
 
 class ControlFlow(Interpretation):
@@ -353,7 +352,16 @@ class ControlFlow(Interpretation):
         self.observed = {}
         brings = brings_input(self, op.arguments)
         self.inputs[result.name] = first_inputs(self, module.handle, op) if brings else None
-        running = Forwarding(result, module, span, op, self.builder.depth, rolled=len(self.rolled), brings=brings)
+        running = Forwarding(
+            result,
+            module,
+            span,
+            op,
+            self.builder.depth,
+            rolled=len(self.rolled),
+            outer=tuple(self.rolled),
+            brings=brings,
+        )
         self.forward = running
         outer, self.conditions = self.conditions, []
         with self.builder.region() as made:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Region
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.values import Operand, Tuple
+from nnsight_compiler.ir.values import Operand, Tuple, Value
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -165,7 +165,10 @@ def _differentiated(specialiser: Interpretation, value: Abstract, span: Span) ->
         raise Undecided(unroll=set(unrolled))
     if value.loops:
         specialiser.unknown(value, span, "whose gradient this is")
-    return specialiser.use(value)
+    operand = specialiser.use(value)
+    if not isinstance(operand, Value):
+        specialiser.fail(span, "only tensors have gradients, and this is none", "take that of a value of the model")
+    return operand
 
 
 def outside_of_backward(specialiser: Interpretation, span: Span, *, written: bool = False) -> NoReturn:

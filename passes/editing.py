@@ -53,6 +53,12 @@ def make(interpretation: Interpretation, op: ops.Edit) -> None:
             ((interpretation.forward.span, "the forward"),),
         )
     for argument in op.arguments:
+        if argument.keyword in ("remote", "blocking"):
+            interpretation.fail(
+                span,
+                f"`edit` takes no `{argument.keyword}=`: an edit runs wherever the traces of the edited model do",
+                "say it where the experiment is called, `experiment(…, remote=True)`; the edit goes along",
+            )
         if argument.keyword != "inplace" or argument.star:
             interpretation.fail(span, "`edit` takes no argument but `inplace`")
         if interpretation.demand(interpretation.abstract(argument.value), span, "`inplace`"):

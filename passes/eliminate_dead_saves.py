@@ -35,6 +35,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import defined, operands, regions, rewrite, used
 from nnsight_compiler.ir.values import Literal, Module, Operand, Unbound, Value, values_in
 from nnsight_compiler.passes.known_calls import CHANGES_MODULES, Behaviour
+from nnsight_compiler.passes.looked_on import looked_on
 from nnsight_compiler.passes.memory import Memory, Outside
 
 VESSELS = frozenset(f"builtins.{name}" for name in ("list", "dict", "set")) | {"collections.deque"}
@@ -226,6 +227,8 @@ class _Elimination:
             case (
                 ops.Stage()
                 | ops.Session()
+                | ops.Strands()
+                | ops.Strand()
                 | ops.Invoke()
                 | ops.Stop()
                 | ops.Steps()
@@ -258,7 +261,7 @@ class _Elimination:
                 sampling = method == "generate" and not any(
                     argument.keyword == "do_sample" and argument.value == Literal(False) for argument in arguments
                 )
-                return self.keep_forwards or sampling
+                return self.keep_forwards or sampling or looked_on(op) is not None
             case ops.For(iterable=iterable):
                 reached = self.memory.reachable(iterable)
                 return any(isinstance(root, Outside) or root in self.memory.origins.iterators for root in reached)
@@ -271,7 +274,7 @@ class _Elimination:
                 return known is None or known.behaviour is not Behaviour.PURE
             case ops.SetGlobal() | ops.Import() | ops.SetAttribute() | ops.SetItem() | ops.Delete() | ops.While():
                 return True
-            case ops.Record():
+            case ops.Record() | ops.Prefix() | ops.Release():
                 return True
             case ops.Emit() | ops.Return() | ops.Raise() | ops.Write() | ops.Skip() | ops.Backward() | ops.SetGrad():
                 return True

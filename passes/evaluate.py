@@ -20,6 +20,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Literal, Module, Value
 from nnsight_compiler.passes.apply import Calls
+from nnsight_compiler.passes.bounded import TEXT, may_apply
 from nnsight_compiler.passes.differentiation import outside_of_backward
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -426,7 +427,7 @@ class Evaluator(Items):
         if len(facts) != len(parts):
             return None
         table = UNARY if len(parts) == 1 else BINARY
-        if op.operator not in table:
+        if op.operator not in table or not may_apply(op.operator, [fact.value for fact in facts]):
             return None
         try:
             value = table[op.operator](*(fact.value for fact in facts))
@@ -436,7 +437,7 @@ class Evaluator(Items):
             return constant(value)
         texts = [f"({fact.text})" if fact.text is not None else repr(fact.value) for fact in facts]
         text = f"{op.operator} {texts[0]}" if len(texts) == 1 else f"{texts[0]} {op.operator} {texts[1]}"
-        return Abstract(None, Known(value, text)) if immutable(value) else None
+        return Abstract(None, Known(value, text)) if immutable(value) and len(text) <= TEXT else None
 
     def build(self, op: ops.Build) -> Abstract:
         items: list[Abstract] | None = []
@@ -462,6 +463,7 @@ class Evaluator(Items):
                     held.fact.forget()
             return self._kept(op)
         fact = Elements(op.kind, items, keys)
+        self.specialiser.work(0, fact.size)
         if self.mentions_modules(Abstract(None, fact)) and any(part.operand is None for part in items):
             return Abstract(None, fact, span=op.span)
         return self._kept(op, fact, live=0 if op.kind != "tuple" else None)

@@ -149,6 +149,11 @@ class Elements:
     at_run: bool = False
     saved: bool = False
     held: bool = False
+    size: int = field(init=False)
+    """How much there is in it, what it holds several times counted as often."""
+
+    def __post_init__(self) -> None:
+        self.size = 1 + sum(map(size_of, self.items or ()))
 
     @property
     def holds_values(self) -> bool:
@@ -171,6 +176,11 @@ class Elements:
         for item in items:
             if isinstance(item.fact, Elements):
                 item.fact.forget(loops)
+
+
+def size_of(value: Abstract) -> int:
+    """How much there is in a value: containers may hold one another many times over."""
+    return value.fact.size if isinstance(value.fact, Elements) else 1
 
 
 def holds_values(fact: Fact) -> bool:
@@ -254,12 +264,13 @@ class Frame:
 
 # --- guards ---
 
-GuardKind = OneOf["value", "identity", "model", "length"]
+GuardKind = OneOf["value", "identity", "model", "length", "condition"]
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A fact that a specialised program rests on: the value (or its identity or length) of an expression."""
+    """A fact that a specialised program rests on: the value (or its identity or length) of an expression. A `condition`
+    is what an optimisation rests on."""
 
     text: str
     kind: GuardKind
@@ -275,6 +286,8 @@ class Guard:
                 return f"{self.text} is {getattr(self.value, '__name__', type(self.value).__name__)}"
             case "model":
                 return f"{self.text} is this model"
+            case "condition":
+                return f"{self.text} stays as it is"
 
     @property
     def key_text(self) -> str:
@@ -288,6 +301,8 @@ class Guard:
                 return f"id({self.text})"
             case "model":
                 return f"{self.text}._token"
+            case "condition":
+                return self.text
 
 
 @dataclass(slots=True)

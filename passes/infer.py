@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -110,10 +111,17 @@ def _on_grid(place: int, size: int | None, least: int, varies: bool) -> int:
 
 def _run(source: Source, surroundings: Surroundings, sizes: Mapping[str, Size], opaque: set[str]) -> MetaRun:
     run = MetaRun(source, surroundings, sizes, opaque)
-    with _lock, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with computed():
         run.run()
     return run
+
+
+@contextmanager
+def computed() -> Iterator[None]:
+    """Where torch computes on tensors without data: it warns of nothing, and records no gradients."""
+    with _lock, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
 
 
 # --- from shapes to types ---
@@ -124,6 +132,7 @@ def _types(
 ) -> Iterator[tuple[str, TensorType]]:
     """The type of each value, from its shapes in all runs. Those on the grid may differ, or fail: then sizes are all
     that is known."""
+    axes = _axes(settings)
     for name, shape in shapes[0].items():
         others = [each.get(name) for each in shapes[1:]]
         if shape is None or (not exact and not _alike(shape, others[0])):
@@ -131,7 +140,7 @@ def _types(
         dtype, sizes = shape
         found = [[each[1][number] for each in others if _alike(shape, each)] for number in range(len(sizes))]  # type: ignore[index]
         dimensions = [
-            Dimension(size if exact or larger[0] == size else None, _axis([size, *larger], settings))
+            Dimension(size if exact or larger[0] == size else None, axes.get((size, *larger)))
             for size, larger in zip(sizes, found, strict=True)
         ]
         yield name, TensorType(str(dtype).removeprefix("torch."), tuple(dimensions))
@@ -141,21 +150,20 @@ def _alike(first: Shape, second: Shape | None) -> bool:
     return second is not None and first[0] == second[0] and len(first[1]) == len(second[1])
 
 
-def _axis(found: Sequence[int], settings: Sequence[Mapping[str, Size]]) -> str | None:
-    """What a dimension counts, by its size in each of the runs; `None` where it does not follow the size of a forward
-    in all of them."""
-    if len(found) < len(settings):
-        return None
+def _axes(settings: Sequence[Mapping[str, Size]]) -> dict[tuple[int, ...], str]:
+    """What a dimension counts, by its size in each of the runs: one that is not here does not follow the size of a
+    forward in all of them. Of two forwards that would tell it differently the first does."""
+    found: dict[tuple[int, ...], str] = {}
     for name, each in settings[0].items():
-        rows = [setting[name].rows for setting in settings]
-        tokens = [setting[name].tokens for setting in settings]
-        if found == rows and "rows" in each.varies:
-            return "rows"
-        if found == tokens and "tokens" in each.varies:
-            return "tokens"
-        if len(each.varies) == 2 and found == [row * token for row, token in zip(rows, tokens, strict=True)]:
-            return "rows*tokens"
-    return None
+        rows = tuple(setting[name].rows for setting in settings)
+        tokens = tuple(setting[name].tokens for setting in settings)
+        if "rows" in each.varies:
+            found.setdefault(rows, "rows")
+        if "tokens" in each.varies:
+            found.setdefault(tokens, "tokens")
+        if len(each.varies) == 2:
+            found.setdefault(tuple(row * token for row, token in zip(rows, tokens, strict=True)), "rows*tokens")
+    return found
 
 
 def _of_steps(program: Program, types: dict[str, TensorType]) -> dict[str, TensorType]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 64
 MODULE_CALL = "torch.nn.Module.__call__"
+FUSED_CALL = f"{MODULE_CALL} together"
 Arguments = list[tuple[ops.Argument, Abstract]]
 
 
@@ -123,6 +124,8 @@ class Inlining:
         function = value.__func__ if isinstance(value, MethodType) else value
         if not isinstance(function, FunctionType):
             return False
+        if _runs_a_model(function):
+            return True
         top = (function.__module__ or "").partition(".")[0]
         if (top in sys.stdlib_module_names and top != "__main__") or top in (
             "torch",
@@ -344,6 +347,18 @@ class Inlining:
 def constant_object(value: Any) -> Abstract:
     """A default of a helper: fixed when the function was made."""
     return constant(value) if immutable(value) else Abstract(None, Known(value))
+
+
+def _runs_a_model(function: FunctionType, seen: frozenset[FunctionType] = frozenset()) -> bool:
+    """Whether a function of a file, or one that it calls, has forwards of a model: Python cannot run it."""
+    program = getattr(function, "__program__", None)
+    if not isinstance(program, Program) or function in seen:
+        return False
+    names = {op.name for op in walk(program.body) if isinstance(op, ops.Global)}
+    called = (function.__globals__.get(name) for name in names)
+    return _accesses(program) or any(
+        isinstance(each, FunctionType) and _runs_a_model(each, seen | {function}) for each in called
+    )
 
 
 def _accesses(program: Program) -> bool:

@@ -24,6 +24,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
 from nnsight_compiler.passes import editing
+from nnsight_compiler.passes.bounded import MAX_SIZE, MAX_WORK
 from nnsight_compiler.passes.changes import Changes
 from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.evaluate import Evaluator
@@ -39,6 +40,7 @@ from nnsight_compiler.passes.facts import (
     SiteModule,
     StepRange,
     immutable,
+    size_of,
 )
 from nnsight_compiler.passes.inline import Unreachable
 from nnsight_compiler.passes.rows import Part
@@ -95,7 +97,7 @@ class Forwarding:
     """The forward whose body is being interpreted.
 
     op: the forward in the source program; `index`: the op of its body that is interpreted now.
-    depth: how many regions are open around it; `rolled`: how many kept loops.
+    depth: how many regions are open around it; `rolled`: how many kept loops, `outer`: which.
     brings: whether it is given an input itself, rather than by invokes.
     invoke: the invoke whose body is being interpreted, and `rows` its result, where it brings an input.
     invokes: those that bring one so far, without their bodies, each with its input where that is known.
@@ -111,6 +113,7 @@ class Forwarding:
     depth: int
     index: int = 0
     rolled: int = 0
+    outer: tuple[int, ...] = ()
     brings: bool = True
     invoke: ops.Invoke | None = None
     rows: Value | None = None
@@ -152,6 +155,8 @@ class Interpretation:
         self.stages: dict[str, Frame] = {}
         self.changes = Changes()
         self.reliances = 0
+        self.worked = 0
+        self.here = program.span
         self.fresh: set[str] = set()
         self.evaluate = Evaluator(self)
 
@@ -189,6 +194,7 @@ class Interpretation:
     def pack(self, parts: list[Abstract]) -> Abstract:
         """A tuple of these values."""
         held = [part.operand for part in parts]
+        self.work(0, sum(map(size_of, parts)))
         operand = None if None in held else Tuple(tuple(part for part in held if part is not None))
         loops = NO_LOOPS.union(*(part.loops for part in parts))
         live = max((part.live for part in parts), default=0)
@@ -227,7 +233,20 @@ class Interpretation:
         return self.use(value)
 
     def emit(self, op: Op) -> None:
+        self.work()
         self.builder.emit(op)
+
+    def work(self, more: int = 1, size: int = 0) -> None:
+        """Counts an op that is interpreted or emitted, or a container of this size: programs grow with their loops and
+        helpers, and compiling them must come to an end."""
+        self.worked += more
+        if self.worked > MAX_WORK or size > MAX_SIZE:
+            what = f"comes to more than {MAX_WORK:,} ops" if size <= MAX_SIZE else "holds itself too often"
+            self.fail(
+                self.here,
+                f"what this is unrolled to {what}",
+                "go over fewer modules in one forward, or keep what names no module in a loop of its own",
+            )
 
     def span(self, op: Op) -> Span:
         """Where an op stands for the user: at the call, for a helper from another file."""
@@ -441,6 +460,8 @@ class Interpretation:
     def region(self, region: Region) -> Completion:
         """Interprets the ops of a region in place."""
         for index, op in enumerate(region.ops):
+            self.here = self.span(op)
+            self.work()
             begins = self.forward is None and not self.closures
             if begins and id(op) in self.decisions.stages and id(op) not in self.decisions.whole:
                 return self.region(self.staged(region, index))

@@ -10,6 +10,7 @@ from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.values import Literal, Module, Slice, Value
 from nnsight_compiler.passes import caching
+from nnsight_compiler.passes.bounded import MAX_ROUNDS, TEXT, has_length, length_of
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
@@ -105,7 +106,8 @@ class Items(StepRanges):
             if all(fact.text is None for fact in known):
                 return Abstract(operand, Known(value), loops)
             text = f"slice({', '.join(fact.text or repr(fact.value) for fact in known)})"
-            return Abstract(operand, Known(value, text), loops)
+            if len(text) <= TEXT:
+                return Abstract(operand, Known(value, text), loops)
         return Abstract(operand, None, loops, max(part.live for part in parts))
 
     def item(self, op: ops.Item) -> Abstract:
@@ -118,7 +120,7 @@ class Items(StepRanges):
             case SiteCalls(module=module, call=None):
                 number = self.specialiser.demand(index, op.span, "the number of the call")
                 if isinstance(number, slice):
-                    return self.specialiser.pack(self.each_call(module, op.span)[number])
+                    return self.specialiser.pack(self._part(self.each_call(module, op.span), number, op.span))
                 if not isinstance(number, int):
                     self.specialiser.fail(
                         op.span, "`.calls` takes the number of a call, or a slice", "write `.calls[0]`, `.calls[:]`"
@@ -148,7 +150,7 @@ class Items(StepRanges):
         key = self.specialiser.demand(index, op.span, "which module this is")
         try:
             found = handle[key]
-        except (LookupError, TypeError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             self.specialiser.fail(
                 op.span,
                 str(error.args[0] if error.args else error),
@@ -178,11 +180,16 @@ class Items(StepRanges):
                     return item
             return None
         if isinstance(key, slice):
-            part = items[key]
-            return self.specialiser.pack(part) if base.kind == "tuple" else None
+            return self.specialiser.pack(self._part(items, key, op.span)) if base.kind == "tuple" else None
         if not isinstance(key, int) or not -len(items) <= key < len(items):
             return None
         return items[key]
+
+    def _part(self, items: list[Abstract], key: slice, span: Span) -> list[Abstract]:
+        try:
+            return items[key]
+        except (TypeError, ValueError) as error:
+            self.specialiser.fail(span, str(error))
 
     def set_item(self, op: ops.SetItem) -> None:
         base, index, value = map(self.specialiser.abstract, (op.object, op.index, op.value))
@@ -319,6 +326,12 @@ class Items(StepRanges):
                     self.specialiser.fail(span, f"a `{type(held).__name__}` cannot be iterated")
                 if not immutable(held):
                     return self.specialiser.unknown(value, span, "what this loop goes over")
+                if isinstance(held, range) and length_of(held) > MAX_ROUNDS:
+                    self.specialiser.fail(
+                        span,
+                        f"this names modules for each of {length_of(held):,} rounds, and {MAX_ROUNDS:,} are the most",
+                        "go over the modules themselves, or fewer numbers",
+                    )
                 items = self.specialiser.demand(value, span, "what this loop goes over")
                 return [constant(item) for item in items]
         return self.specialiser.unknown(value, span, "what this loop goes over")
@@ -348,7 +361,8 @@ class Items(StepRanges):
             case Iteration(bases=bases):
                 return any(map(self._countable, bases))
             case Known(value=held):
-                return isinstance(held, (list, tuple, dict, str, range)) and self._unchanged(held)
+                listed = isinstance(held, (list, tuple, dict, str, range)) and has_length(held)
+                return listed and self._unchanged(held)
         return False
 
     def listable(self, value: Abstract) -> bool:

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional
 import torch.nn.utils
+import torch.optim.lr_scheduler
 
 from nnsight_compiler.passes.behaviour import EVERY, Behaviour, KnownCall, Option, Place, words
 
 METHOD, FUNCTIONAL, INIT, UTILS = "torch.Tensor.", "torch.nn.functional.", "torch.nn.init.", "torch.nn.utils."
+OPTIM = "torch.optim."
 
 _TENSOR_TYPES = (
     "FloatTensor DoubleTensor HalfTensor BFloat16Tensor IntTensor LongTensor ShortTensor ByteTensor CharTensor "
@@ -56,6 +58,7 @@ def by_hand() -> Iterator[KnownCall]:
     yield from _settings()
     yield from _functional()
     yield from _modules()
+    yield from _training()
 
 
 def _methods() -> Iterator[KnownCall]:
@@ -163,14 +166,23 @@ def _modules() -> Iterator[KnownCall]:
     for name in words("constant_ ones_ zeros_ eye_ dirac_"):
         yield KnownCall(INIT + name, Behaviour.MUTATES, first, first, leaf=True)
     yield KnownCall(INIT + "calculate_gain", Behaviour.PURE, scalar=True, leaf=True)
-    for name in words("clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_"):
-        yield KnownCall(UTILS + name, Behaviour.MUTATES, (0, "parameters"), leaf=True)
     for name in words("get_total_norm parameters_to_vector rnn.pad_sequence"):
         yield KnownCall(UTILS + name, Behaviour.VIEW, aliases=EVERY, leaf=True)
     for name in words("rnn.pack_padded_sequence rnn.pad_packed_sequence rnn.pack_sequence rnn.unpack_sequence"):
         yield KnownCall(UTILS + name, Behaviour.VIEW, aliases=EVERY)
     # It transposes its argument in place where the rows are not first.
     yield KnownCall(UTILS + "rnn.unpad_sequence", Behaviour.MUTATES, (0, "padded_sequences"), EVERY)
+
+
+def _training() -> Iterator[KnownCall]:
+    """What trains: it writes the tensors that an optimiser keeps, and the gradients of what it is given."""
+    yield KnownCall("torch.autograd.grad", Behaviour.BARRIER)
+    for name in words("clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_"):
+        yield KnownCall(UTILS + name, Behaviour.BARRIER, leaf=True)
+    for name in words("SGD Adam AdamW"):
+        yield KnownCall(OPTIM + name, Behaviour.BARRIER)
+    for name in words("ConstantLR LinearLR StepLR MultiStepLR ExponentialLR CosineAnnealingLR"):
+        yield KnownCall(f"{OPTIM}lr_scheduler.{name}", Behaviour.BARRIER)
 
 
 def _options(name: str) -> tuple[Option, ...]:

@@ -135,6 +135,10 @@ class Memory:
         """Whether a container, an object, a closure, a cell or host code may hold the storage."""
         return any(root in held for held in self._points_to.held.values())
 
+    def is_kept(self, root: Root) -> bool:
+        """Whether anything but the model may hold the storage."""
+        return any(root in held for holder, held in self._points_to.held.items() if not isinstance(holder, tuple))
+
     def calls_closures(self, op: Op) -> bool:
         """Whether the op may run a closure of the program's."""
         return bool(self._points_to.called(op))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall, words
+from nnsight_compiler.passes.bounded import has_length
 from nnsight_compiler.passes.known_calls import callable_of
 from nnsight_compiler.passes.meta_items import LISTS
 from nnsight_compiler.passes.meta_operators import apply_operator, is_small, on_plain
@@ -104,16 +105,18 @@ def _builtin(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         case "len":
             if isinstance(first, torch.Tensor):
                 return first.shape[0] if first.ndim else UNKNOWN
-            return len(first) if isinstance(first, (list, tuple, dict, str, range)) else UNKNOWN
+            known = isinstance(first, (list, tuple, dict, str, range)) and has_length(first)
+            return len(first) if known else UNKNOWN
         case "range":
             return on_plain(range, args) if all(type(each) is int for each in args) else UNKNOWN
         case "list" | "tuple":
             made = list if name == "list" else tuple
-            return made(first) if isinstance(first, (list, tuple, range)) and len(first) <= _LONGEST else UNKNOWN
+            known = isinstance(first, (list, tuple, range)) and has_length(first) and len(first) <= _LONGEST
+            return made(first) if known else UNKNOWN
         case "isinstance":
-            return UNKNOWN if isinstance(first, Mark) or isinstance(args[1], Mark) else _is_instance(*args)
+            return UNKNOWN if len(args) != 2 or any(isinstance(each, Mark) for each in args) else _is_instance(*args)
         case "sum":
-            return _sum(*args)
+            return _sum(*args) if len(args) <= 2 else UNKNOWN
         case "dict":
             return UNKNOWN
     if len(args) == 1 and type(first) in (int, float, bool):

@@ -60,11 +60,12 @@ def item(held: Any, index: Any) -> Any:
     if index is UNKNOWN or index is INTEGER or isinstance(held, Mark):
         return UNKNOWN
     if isinstance(held, (list, tuple, range)):
-        if type(index) is int and not -len(held) <= index < len(held):
-            return UNKNOWN  # Python says so when the line runs, as it does of all that is not the model's
-        if type(index) is int or (isinstance(index, slice) and not has_marks(index)):
+        if type(index) is not int and (not isinstance(index, slice) or has_marks(index)):
+            return UNKNOWN
+        try:
             return held[index]
-        return UNKNOWN
+        except (LookupError, TypeError, ValueError):
+            return UNKNOWN  # Python says so when the line runs, as it does of all that is not the model's
     if isinstance(held, Mapping) and type(index) in (str, int):
         if index in held:
             return held[index]

@@ -44,7 +44,7 @@ def apply_operator(sign: str, operands: Sequence[Any], in_place: bool) -> Any:
         return on_plain(_UNARY[sign], operands) if sign in _UNARY else UNKNOWN
     if in_place and isinstance(operands[0], list):
         return UNKNOWN
-    if sign in OPERATORS and sign not in ("**", "<<", "@"):
+    if sign in OPERATORS and sign != "@":
         return on_plain(OPERATORS[sign], operands)
     if sign in ("in", "not in") and isinstance(operands[1], (tuple, list, str, range)):
         held, plain = operands[1], type(operands[0]) in PLAIN
@@ -87,7 +87,7 @@ def _arithmetic(sign: str, first: Any, second: Any) -> torch.Tensor | None:
             if found is None:
                 return None
             sizes = found
-        elif type(each) not in (int, float):
+        elif type(each) not in (int, float) or not is_small(each):
             return None
     return torch.empty(sizes, dtype=torch.result_type(first, second), device=META)
 
@@ -106,15 +106,21 @@ def truth(value: Any) -> bool | None:
     return None
 
 
+_LARGE = 2**64
+"""No size is as large."""
+
+
 def is_small(value: Any) -> bool:
     """Whether computing with a plain value, or a sequence, costs nothing."""
     if type(value) in (list, tuple, torch.Size, str, bytes):
         return len(value) <= 100
-    return type(value) in (bool, float, type(None), torch.dtype) or (type(value) is int and abs(value) < 2**31)
+    return type(value) in (bool, float, type(None), torch.dtype) or (type(value) is int and abs(value) < _LARGE)
 
 
 def _is_costly(sign: str, operands: Sequence[Any]) -> bool:
-    """Whether an operator on sequences may make something large, or compares what they hold."""
+    """Whether an operator may make something large, or compares what sequences hold."""
+    if sign in ("**", "<<"):
+        return type(operands[1]) is not int or not 0 <= operands[1] <= 100
     sequences = [each for each in operands if isinstance(each, (list, tuple, str, bytes))]
     if not sequences:
         return False

@@ -19,6 +19,7 @@ from nnsight_compiler.ir.traverse import defined
 from nnsight_compiler.ir.values import Literal, Module, Unbound, Value
 from nnsight_compiler.passes.assignments import cannot_stand_for, misfit
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall
+from nnsight_compiler.passes.bounded import length_of
 from nnsight_compiler.passes.meta_calls import RESHAPING, call_known
 from nnsight_compiler.passes.meta_items import attribute, check_item_assignment, item, out_of_range
 from nnsight_compiler.passes.meta_modules import call_module, weight_of
@@ -371,7 +372,7 @@ class MetaOps(MetaValues):
                 sure = iterable.ndim > 0 and iterable.shape[0] > 0
                 return sure, iterable[0] if sure else UNKNOWN
             case range():
-                return len(iterable) > 0, iterable[0] if len(iterable) == 1 else INTEGER
+                return bool(iterable), iterable[0] if length_of(iterable) == 1 else INTEGER
             case list() | tuple() | Items():
                 held = parts(iterable) if not isinstance(iterable, torch.Size) else list(iterable)
             case dict():

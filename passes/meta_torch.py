@@ -39,7 +39,7 @@ def torch_call(
     draws: bool = False,
 ) -> Any:
     """What a function of torch gives on tensors without data."""
-    if "out" in kwargs or any(map(has_marks, (args, kwargs))):
+    if "out" in kwargs or any(map(has_marks, (args, kwargs))) or _in_many_pieces(function, args):
         return UNKNOWN
     kwargs = {name: value for name, value in kwargs.items() if name != "generator"}
     if "device" in kwargs:
@@ -63,6 +63,17 @@ def torch_call(
     return _again(remembered, args)
 
 
+_CUTTING = frozenset({"split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind",
+                      "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes"})  # fmt: skip
+_MOST_PIECES = 10_000
+
+
+def _in_many_pieces(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a function may cut a tensor into so many that even without data they take long to make."""
+    cuts = getattr(function, "__name__", "") in _CUTTING
+    return cuts and any(isinstance(each, torch.Tensor) and max(each.shape, default=0) > _MOST_PIECES for each in args)
+
+
 _results: dict[Any, Any] = {}
 """What calls gave, by the shapes of their arguments: torch takes its time over tensors without data."""
 _MANY = 10_000
@@ -75,7 +86,7 @@ def _signature(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value), *map(_signature, value)
     if isinstance(value, slice):
-        return slice, value.start, value.stop, value.step
+        return slice, *map(_signature, (value.start, value.stop, value.step))
     if isinstance(value, (*PLAIN, torch.device)):
         return type(value), value
     raise TypeError

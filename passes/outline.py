@@ -11,13 +11,14 @@
                                                           yield %h
 
 Legal, since the ops stay the same ones in the same order; only the values that they take and give pass through a call.
-A closure is not handed over but made again where it is used, so that the stage knows what it does.
+A closure is not handed over but made again where it is used, so that the stage knows what it does. So is, where the
+caller says which ops these are, what only names something: it is made again on whichever side needs it.
 """
 
 from __future__ import annotations
 
 import keyword
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 from nnsight_compiler.ir import ops
@@ -35,33 +36,49 @@ class Outline:
     """The end of a region, cut off.
 
     program: takes the values `free`, in their order.
+    exports: those of its values that are used after it.
     rest: what stands in the region after the call of the program, whose result is `result`.
     """
 
     program: Program
     free: tuple[Value, ...]
+    exports: tuple[Value, ...]
     result: Value
     rest: tuple[Op, ...]
 
 
-def outline(region: Region, index: int, function: Region, name: str, span: Span) -> Outline:
+def _nothing(op: Op) -> bool:
+    return False
+
+
+def outline(
+    region: Region,
+    index: int,
+    function: Region,
+    name: str,
+    span: Span,
+    builder: Builder | None = None,
+    names: Callable[[Op], bool] = _nothing,
+) -> Outline:
     """Cuts off the ops of a region from the one at `index` on, all but the terminator at its end.
 
     function: the body of the function that the region belongs to.
     name, span: those of the program that is made.
+    builder: gives names to what is added; by default, one that knows those of the function.
+    names: whether an op only names something.
     """
     taken = region.ops[index:]
     end = taken[-1:] if isinstance(taken[-1], TERMINATORS) else ()
     taken = taken[: len(taken) - len(end)]
     assert taken, "a terminator alone needs nothing to be known"
-    builder = Builder(value.name for value in definitions(function))
-    free, closures = _free(taken, function)
+    builder = builder or Builder(value.name for value in definitions(function))
+    free, closures = _free(taken, function, lambda op: isinstance(op, ops.Closure) or names(op))
     cut = _Cut()
     body = tuple(cut.op(op, loop=False) for op in taken)
-    exports = _exports(taken, function)
+    exports, copies = _exports(taken, function, names)
     values: tuple[Operand, ...] = (*((Literal(0),) if cut.leaves else ()), *exports)
     body = (*closures, *body, ops.Return(Tuple(values), span=taken[-1].span))
-    parameters = _parameters(free, function)
+    parameters = _parameters(free, function, Region((), body))
     program = Program(
         name,
         tuple(map(Parameter, parameters)),
@@ -70,42 +87,61 @@ def outline(region: Region, index: int, function: Region, name: str, span: Span)
         span=replace(span, line=taken[0].span.line, column=taken[0].span.column),
     )
     result = builder.fresh("stage")
-    rest = _rest(result, exports, cut.leaves, end, _leaves(taken[-1]), builder, taken[0].span)
-    return Outline(program, free, result, rest)
+    rest = _rest(result, exports, cut.leaves, (*copies, *end), _leaves(taken[-1]), builder, taken[0].span)
+    return Outline(program, free, exports, result, rest)
 
 
-def _free(taken: tuple[Op, ...], function: Region) -> tuple[tuple[Value, ...], tuple[Op, ...]]:
-    """The values that ops take from before them, and the closures among these, which are made again."""
-    made = {op.result: op for op in walk(function) if isinstance(op, ops.Closure)}
-    again: set[Value] = set()
+def _free(
+    taken: tuple[Op, ...], function: Region, again: Callable[[Op], bool]
+) -> tuple[tuple[Value, ...], tuple[Op, ...]]:
+    """The values that ops take from before them, and the ops among what makes these which are made again."""
+    made = {value: op for op in walk(function) if again(op) for value in defined(op)}
+    chosen: set[Value] = set()
     while True:
-        closures = tuple(op for value, op in made.items() if value in again)
-        body = Region((), (*closures, *taken))
+        kept = tuple({id(op): op for value, op in made.items() if value in chosen}.values())
+        body = Region((), (*kept, *taken))
         inside = {value.name for value in definitions(body)}
         free = dict.fromkeys(value for op in walk(body) for value in used(op) if value.name not in inside)
         if not made.keys() & free.keys():
-            return tuple(free), closures
-        again |= made.keys() & free.keys()
+            return tuple(free), kept
+        chosen |= made.keys() & free.keys()
 
 
-def _exports(taken: tuple[Op, ...], function: Region) -> tuple[Value, ...]:
-    """The values that ops define and that others use."""
+def _exports(
+    taken: tuple[Op, ...], function: Region, names: Callable[[Op], bool]
+) -> tuple[tuple[Value, ...], tuple[Op, ...]]:
+    """The values that ops define and that others use, and the ops that are made again there to name them."""
     inside = {id(op) for op in walk(Region((), taken))}
     outside = {value.name for op in walk(function) if id(op) not in inside for value in used(op)}
-    return tuple(value for value in _visible(taken) if value.name in outside)
+    copies: list[Op] = []
+    for op in reversed(list(_in_place(taken))):
+        if names(op) and any(value.name in outside for value in defined(op)):
+            copies.insert(0, op)
+            outside.update(value.name for value in used(op))
+    again = {value.name for op in copies for value in defined(op)}
+    return (
+        tuple(value for value in _visible(taken) if value.name in outside and value.name not in again),
+        tuple(copies),
+    )
+
+
+def _in_place(taken: tuple[Op, ...]) -> Iterator[Op]:
+    """The ops whose values stay visible after them."""
+    for op in taken:
+        yield op
+        if isinstance(op, TRANSPARENT):
+            for region in regions(op):
+                yield from _in_place(region.ops)
 
 
 def _visible(taken: tuple[Op, ...]) -> Iterator[Value]:
-    for op in taken:
-        yield from defined(op)
-        if isinstance(op, TRANSPARENT):
-            for region in regions(op):
-                yield from _visible(region.ops)
+    return (value for op in _in_place(taken) for value in defined(op))
 
 
-def _parameters(free: tuple[Value, ...], function: Region) -> list[Value]:
+def _parameters(free: tuple[Value, ...], function: Region, body: Region) -> list[Value]:
     """Names for the values that a stage takes by which Python can call them, and that hide no name from outside."""
     taken = {op.name for op in walk(function) if isinstance(op, (ops.Global, ops.SetGlobal))}
+    taken |= {value.name for value in definitions(body)}
     made = []
     for value in free:
         stem, *numbers = value.name.split(".")

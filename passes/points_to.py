@@ -66,6 +66,7 @@ class PointsTo:
         self._returned: dict[Root, set[Root]] = {}
         # One op object may stand at several places: what loops unroll to shares what did not change.
         self._places: dict[int, set[str]] = {}
+        self._sites: dict[int, Roots] = {}
         self._changed = True
         for parameter in program.parameters:
             self._roots[parameter.value.name] = {Outside(parameter.value.name)}
@@ -195,14 +196,21 @@ class PointsTo:
 
     def sites(self, op: ops.Read | ops.Write | ops.Skip) -> Roots:
         """The sites that an op of this program reads or writes: one, unless it stands at several places."""
-        path = op.module.path if isinstance(op.module, Module) else str(op.module)
-        port = "skip" if isinstance(op, ops.Skip) else op.port
-        rows = op.rows.name if isinstance(op.rows, Value) else ""
-        return frozenset(Site(path, port, op.call, forward, rows) for forward in self._places[id(op)])
+        found = self._sites.get(id(op))
+        if found is None:
+            path = op.module.path if isinstance(op.module, Module) else str(op.module)
+            port = "skip" if isinstance(op, ops.Skip) else op.port
+            rows = op.rows.name if isinstance(op.rows, Value) else ""
+            found = frozenset(Site(path, port, op.call, forward, rows) for forward in self._places[id(op)])
+            self._sites[id(op)] = found
+        return found
 
     def _block(self, region: Region, place: _Place) -> None:
         for op in region.ops:
-            self._places.setdefault(id(op), set()).add(place.forward)
+            places = self._places.setdefault(id(op), set())
+            if place.forward not in places:
+                places.add(place.forward)
+                self._sites.pop(id(op), None)
             self._visit(cast(AnyOp, op), place)
 
     def _assign(
@@ -215,7 +223,23 @@ class PointsTo:
                     self._add(value, self.roots(source))
 
     def _visit(self, op: AnyOp, place: _Place) -> None:
-        match op:
+        match op:  # the most frequent first
+            case ops.Attribute(result=result, object=base, name=name):
+                if isinstance(base, Module):
+                    path = f"{base.path}.{name}".strip(".")
+                    self._add(result, {Weight(base.model.name, path)})
+                elif name not in PLAIN:
+                    self._add(result, self.parts(base))
+            case ops.Item(result=result, object=base):
+                self._add(result, self.parts(base))
+            case ops.Call():
+                self._call(op)
+            case ops.Read(result=result):
+                self._add(result, self.sites(op))
+            case ops.Operator():
+                self._operator(op)
+            case ops.At(body=body) | ops.AtGradient(body=body) | ops.Applied(body=body):
+                self._block(body, place)
             case ops.Global(result=result, name=name, scope=scope):
                 self._add(result, {Outside(f"{scope} {name}"), *self.held.get(ANY_NAME, ())})
             case ops.SetGlobal(value=value):
@@ -232,14 +256,6 @@ class PointsTo:
                 self._add(result, self.roots(value))
             case ops.Import(result=result):
                 self._add(result, {Outside(result.name)})
-            case ops.Attribute(result=result, object=base, name=name):
-                if isinstance(base, Module):
-                    path = f"{base.path}.{name}".strip(".")
-                    self._add(result, {Weight(base.model.name, path)})
-                elif name not in PLAIN:
-                    self._add(result, self.parts(base))
-            case ops.Item(result=result, object=base):
-                self._add(result, self.parts(base))
             case ops.SetAttribute(object=base, value=value):
                 self._put(self.roots(base), self.roots(value))
             case ops.SetItem(object=base, index=index, value=value):
@@ -258,10 +274,6 @@ class PointsTo:
                 if op.star >= 0:
                     self._add(results[op.star], {Fresh(results[op.star].name)})
                     self._hold({Fresh(results[op.star].name)}, self.parts(value))
-            case ops.Operator():
-                self._operator(op)
-            case ops.Call():
-                self._call(op)
             case ops.Closure(result=result, defaults=defaults, body=body):
                 own = {Fresh(result.name)}
                 self._add(result, own)
@@ -320,13 +332,13 @@ class PointsTo:
             case ops.Session(result=result, body=body):
                 self._add(result, {Fresh(result.name)})
                 self._block(body, place)
+            case ops.Strands(body=body) | ops.Strand(body=body):
+                self._block(body, place)
             case ops.Invoke(result=result, body=body):
                 self._add(result, {Fresh(result.name)})  # the batch is a copy of what its invokes are given
                 self._block(body, place)
             case ops.Steps(body=body):
                 self._block(body, replace(place, yields=()))
-            case ops.Read(result=result):
-                self._add(result, self.sites(op))
             case ops.Write(value=value) | ops.Skip(value=value):
                 self._enter(place.forward, self.reachable(value))
             case ops.Save(result=result, value=value, copy=copy):
@@ -337,8 +349,6 @@ class PointsTo:
                 self._add(result, {Gradient(result.name)})
             case ops.SetGrad(gradient=gradient):
                 self._hold({Gradient("")}, self.reachable(gradient))
-            case ops.At(body=body) | ops.AtGradient(body=body) | ops.Applied(body=body):
-                self._block(body, place)
             case ops.Gradients(result=result):
                 self._add(result, {Fresh(result.name)})
             case ops.Edit(results=results):
@@ -346,11 +356,13 @@ class PointsTo:
                     self._add(result, {Outside(result.name)})
             case ops.Captured(result=result):
                 self._add(result, {Outside(result.name)})
+            case ops.Prefix(result=result):
+                self._add(result, {Fresh(result.name)})
             case ops.Cache(result=result):
                 self._add(result, {Fresh(result.name)})  # what is recorded are copies
             case (
-                ops.Record() | ops.Format() | ops.FromEnd() | ops.Delete() | ops.Raise() | ops.Stop() | ops.Require()
-                | ops.Track()
+                ops.Record() | ops.Release() | ops.Format() | ops.FromEnd() | ops.Delete() | ops.Raise() | ops.Stop()
+                | ops.Require() | ops.Track()
             ):  # fmt: skip
                 pass
             case _:

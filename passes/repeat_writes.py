@@ -196,24 +196,43 @@ class _Repetition:
             return False
         if not any(value.name in self.again for value in self._changed(op)):
             return False
-        return not (isinstance(op, ops.SetItem) and self.positions.of(op) == "prompt")
+        return not self._writes_prompt(op)
+
+    def _writes_prompt(self, op: Op) -> bool:
+        """Whether an op writes to a position of the prompt, which later steps do not have."""
+        if isinstance(op, ops.SetItem):
+            return self.positions.of(op) == "prompt" or self._is_at_prompt(op.object)
+        changed = self._changed_in(op) if in_place(op, self.memory) else []
+        return bool(changed) and all(map(self._is_at_prompt, changed))
+
+    def _is_at_prompt(self, operand: Operand) -> bool:
+        """Whether a value is a view of a position of the prompt."""
+        match self.makers.get(operand.name) if isinstance(operand, Value) else None:
+            case ops.Item() as item:
+                return self._of_first(item) or self._is_at_prompt(item.object)
+            case ops.Operator(in_place=True, operands=(base, *_)):
+                return self._is_at_prompt(base)
+            case _:
+                return False
 
     def _changed(self, op: Op) -> Iterator[Value]:
         """The values that an op changes in place, and that a site holds."""
         changed = {root for root in targets(op, self.memory) if isinstance(root, Site)}
-        named: Sequence[Operand]
-        match op:
-            case ops.SetItem(object=base) | ops.SetAttribute(object=base) | ops.Delete(object=base):
-                named = [base]
-            case ops.Operator(operands=(first, *_)):
-                named = [first]
-            case ops.Call() if (known := self.memory.origins.known(op)) is not None:
-                named = [argument.value for argument in self.memory.origins.at(op, known.mutates)]
-            case _:
-                named = []
-        for operand in named:
+        for operand in self._changed_in(op):
             if changed & self.memory.roots(operand):
                 yield from values_in(operand)
+
+    def _changed_in(self, op: Op) -> Sequence[Operand]:
+        """The operands that an op changes in place."""
+        match op:
+            case ops.SetItem(object=base) | ops.SetAttribute(object=base) | ops.Delete(object=base):
+                return [base]
+            case ops.Operator(operands=(first, *_)):
+                return [first]
+            case ops.Call() if (known := self.memory.origins.known(op)) is not None:
+                return [argument.value for argument in self.memory.origins.at(op, known.mutates)]
+            case _:
+                return []
 
     # --- what they need ---
 
@@ -236,7 +255,12 @@ class _Repetition:
         reads = {root for root in self.memory.reads(op) if not isinstance(root, Site)}
         for earlier in self.body[:number]:
             plain = not any(True for _ in regions(earlier))
-            if plain and reads & self.memory.writes(earlier) and self._varies(earlier):
+            if (
+                plain
+                and reads & self.memory.writes(earlier)
+                and self._varies(earlier)
+                and not self._writes_prompt(earlier)
+            ):
                 found.append(earlier)
         return found
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal as OneOf
 from typing import Protocol
@@ -16,6 +17,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, used, walk
 from nnsight_compiler.ir.values import Module
 from nnsight_compiler.passes.behaviour import Behaviour
+from nnsight_compiler.passes.looked_on import is_looked_on
 from nnsight_compiler.passes.memory import Memory, Root, Site, Weight
 from nnsight_compiler.passes.moments import Moment, first_step, last_step, with_steps
 from nnsight_compiler.passes.roots import is_outside
@@ -29,8 +31,37 @@ ATTENTION_VALUES = ("pattern", "scores", "q", "k", "v", "z")
 """What attention modules compute, by names that are the same on every architecture."""
 
 
+class ModuleEvent(Protocol):
+    """A module receives its arguments (`input`) or returns (`output`), for the `call`-th time in the forward."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def port(self) -> str: ...
+    @property
+    def call(self) -> int: ...
+
+
 class Order(Protocol):
-    """When the modules of a model, and the operations inside of them that a program names, run within one forward."""
+    """When the modules of a model, and the operations inside of them that a program names, run within one forward.
+
+    events: every event, in order.
+    how: how that was found out: `registered` if it is only assumed.
+    draws: the path of a module that drew random numbers, or changed a buffer of its own; empty where none did.
+    keeps: the path of a module that changed an attribute of its own; empty where none did.
+    effects: the modules whose calls did more than return.
+    """
+
+    @property
+    def events(self) -> Sequence[ModuleEvent]: ...
+    @property
+    def how(self) -> str: ...
+    @property
+    def draws(self) -> str: ...
+    @property
+    def keeps(self) -> str: ...
+    @property
+    def effects(self) -> Collection[str]: ...
 
     def time(self, path: str, port: OneOf["output", "input"], call: int = 0) -> int:
         """The place of an event in the forward. Raises `KeyError` where it does not happen."""
@@ -38,8 +69,20 @@ class Order(Protocol):
     def count(self, path: str) -> int:
         """How often a module runs."""
 
+    def pieces(self, path: str, port: OneOf["output", "input"], call: int = 0) -> Collection[int]:
+        """Numbers of the pieces of memory behind the tensors at an event."""
+
+    def is_changed_later(self, path: str, port: OneOf["output", "input"], call: int = 0) -> bool:
+        """Whether the model writes in place to a tensor that stood there."""
+
+    def is_tensor(self, path: str, port: OneOf["output", "input"], call: int = 0) -> bool:
+        """Whether a single tensor stands there."""
+
     def within(self, path: str, call: int = 0) -> Mapping[str, int]:
         """How often each module runs inside one call of a module."""
+
+    def begins_after(self, path: str, port: OneOf["output", "input"], call: int = 0) -> str | None:
+        """The first module that begins to run after an event; `None` where none does."""
 
     def why_not(self, path: str) -> tuple[str, str] | None:
         """Why an operation cannot be addressed, and the way out; `None` where it only does not run."""
@@ -49,6 +92,10 @@ class Order(Protocol):
     ) -> Sequence[tuple[str, Port, int, int]]:
         """Where the tensors at an event (at an input, those of the `first` argument alone) stood first, and what the
         module that made them was given: path, port, call, and the number of the tensor in what stands there."""
+
+    def giver(self, path: str, port: OneOf["output", "input"], part: str = "") -> str | None:
+        """The module whose very output stands at an event (at an input, as the first argument), or is the `part` of
+        that name of a mapping there; each of the two runs once. `None` where there is none."""
 
 
 Orders = Callable[[ops.Forward], Order]
@@ -171,6 +218,8 @@ def check_sites(program: Program, orders: Orders) -> Program:
     wrong = list(_scanned_in_part(program))
     memory = Memory.of(program, copies=True)
     wrong.extend(_written_weights(program, memory))
+    everything = list(program.walk())
+    index = {id(op): number for number, op in enumerate(everything)}
     for forward in forwards(program.body):
         order = orders(forward)
         body = list(walk(forward.body))
@@ -183,8 +232,8 @@ def check_sites(program: Program, orders: Orders) -> Program:
                     wrong.extend(_unobserved(op, body, error))
         if wrong:
             continue
-        wrong.extend(_unnoticed(program, forward, body, places, memory, order))
-        wrong.extend(_written_through(program, body, memory))
+        wrong.extend(_unnoticed(everything, index, forward, body, places, memory, order))
+        wrong.extend(_written_through(everything, body, memory))
         wrong.extend(_written_inputs(forward, body, memory))
     if wrong:
         raise CompileError(wrong)
@@ -256,11 +305,10 @@ def _written_inputs(forward: ops.Forward, body: list[Op], memory: Memory) -> Ite
             )
 
 
-def _written_through(program: Program, body: list[Op], memory: Memory) -> Iterator[Diagnostic]:
+def _written_through(everything: list[Op], body: list[Op], memory: Memory) -> Iterator[Diagnostic]:
     """In-place writes to a site that was assigned a value of the program's which is used again: the site has a copy of
     it, so that the write would not be seen there.
     """
-    everything = list(program.walk())
     reported: set[Span] = set()
     for number, write in enumerate(body):
         if not isinstance(write, ops.Write) or not isinstance(write.module, Module):
@@ -272,7 +320,7 @@ def _written_through(program: Program, body: list[Op], memory: Memory) -> Iterat
             sites = (root for root in targets(op, memory) if isinstance(root, Site))
             if not any((site.module, site.port) == (write.module.path, write.port) for site in sites):
                 continue
-            after = everything[next(index for index, each in enumerate(everything) if each is op) + 1 :]
+            after = itertools.islice(itertools.dropwhile(lambda each: each is not op, everything), 1, None)  # noqa: B023
             if any(memory.roots(value) & own for each in after for value in used(each)):
                 reported.add(op.span)
                 yield Diagnostic(
@@ -284,14 +332,20 @@ def _written_through(program: Program, body: list[Op], memory: Memory) -> Iterat
 
 
 def _unnoticed(
-    program: Program, forward: ops.Forward, body: list[Op], places: dict[int, Place], memory: Memory, order: Order
+    everything: list[Op],
+    index: Mapping[int, int],
+    forward: ops.Forward,
+    body: list[Op],
+    places: dict[int, Place],
+    memory: Memory,
+    order: Order,
 ) -> Iterator[Diagnostic]:
     around = {id(op): steps for op, steps in with_steps(forward.body)}
     reads = [op for op in body if isinstance(op, ops.Read)]
     last = {id(op): _last(around[id(op)], places[id(op)].time) for op in reads}
-    later = [op for op in walk(program.body)]
-    index = {id(op): number for number, op in enumerate(later)}
     edits = {id(each) for op in body if isinstance(op, ops.Applied) for each in walk(op.body)}
+    if is_looked_on(forward):  # its tokens tell
+        return
     for op in body:
         times = _written(op, forward, places, memory, order)
         if not times or id(op) in edits:  # an edit holds for every forward, whatever is read there
@@ -307,7 +361,7 @@ def _unnoticed(
             continue
         noticed = any(
             memory.roots(value) & sites
-            for other in later[index[id(op)] + 1 :]
+            for other in itertools.islice(everything, index[id(op)] + 1, None)
             if not any(inner is other for part in regions(op) for inner in walk(part))
             for value in (*used(other), *([other.result] if isinstance(other, ops.Read) else []))
         )

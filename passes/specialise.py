@@ -44,6 +44,7 @@ from nnsight_compiler.passes.facts import (
 )
 from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Subject
 from nnsight_compiler.passes.invokes import interpret_invoke
+from nnsight_compiler.passes.remarks import Remark
 from nnsight_compiler.passes.rows import Part
 from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.staging import Staging
@@ -63,6 +64,7 @@ class Specialised:
     stages: where the names of each stage come from, by the name of its result.
     orders: in which order the model of each forward runs its modules, as later passes found it.
     recomputed: the attention modules whose attention is computed anew, since their own gives no pattern.
+    remarks: what the optimisations did, or did not do and why.
     """
 
     program: Program
@@ -77,6 +79,7 @@ class Specialised:
     stages: Mapping[str, Frame]
     orders: Mapping[str, Order] = field(default_factory=dict)
     recomputed: frozenset[str] = frozenset()
+    remarks: tuple[Remark, ...] = ()
 
 
 def specialise(program: Program, subject: Subject) -> Specialised:

@@ -88,13 +88,13 @@ class StepLoops(ControlFlow):
     def _numbers(self, op: ops.For | ops.With, steps: StepRange) -> Sequence[int] | None:
         """The steps of a loop that is unrolled; `None` where it is kept.
 
-        A loop around it is unrolled, since what is inside happens at other steps than what is around.
+        A loop of the forward around it is unrolled, since what is inside happens at other steps than what is around.
         """
         if self.closures:
             raise AccessInClosure
         if self.forward is None or self.forward.result != steps.forward:
             self.fail(self.span(op), "these are steps of a generation that is not running here")
-        loops = set(self.rolled) - self.decisions.unroll
+        loops = set(self.rolled) - set(self.forward.outer) - self.decisions.unroll
         if loops:
             raise Undecided(unroll=loops)
         self.fold_conditions()

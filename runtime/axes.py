@@ -28,7 +28,7 @@ from nnsight_compiler.runtime.formulas import Opaque, Setting, TensorAxes, same,
 from nnsight_compiler.runtime.forward_record import Leaves, Record, record
 from nnsight_compiler.runtime.input_axes import InputAxes, Sampler, input_axes
 from nnsight_compiler.runtime.observe import Event
-from nnsight_compiler.runtime.shadow import Fakes, Reals, generators_kept, has_weights, shadowed
+from nnsight_compiler.runtime.shadow import Fakes, Reals, as_inputs, generators_kept, has_weights, shadowed
 
 __all__ = ["AxisError", "Axes", "InputAxes", "Opaque", "TensorAxes", "infer_axes", "input_axes"]
 
@@ -274,7 +274,7 @@ class _Inference:
             inputs = sampler.sample(*setting, seed, padded=repeat > 0)
         else:  # nothing varies: the arguments themselves are most likely to be such as the model takes
             inputs = pytree.tree_map(_copied, (self.args, self.kwargs))
-        args, kwargs = pytree.tree_map_only(torch.Tensor, stand_in.as_input, inputs)
+        args, kwargs = as_inputs(inputs, stand_in)
         with stand_in.running_on_numbers():
             return record(shadowed(shadow, stand_in), args, kwargs, self.operations)
 

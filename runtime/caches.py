@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.ir.errors import FileError, ModelError
 from nnsight_compiler.passes.caching import module_named
 from nnsight_compiler.runtime.rows import Withheld
 
@@ -72,6 +72,52 @@ class ActivationCache(Mapping[str, "CachedModule"]):
 def record(cache: ActivationCache, path: str, port: str, value: Any, call: int | None, step: int | None) -> None:
     """Puts a copy of what a module gave into a cache."""
     cache._record(path, port, value, call, step)
+
+
+def cache_as_data(cache: ActivationCache) -> list[tuple[str, Any]]:
+    """All that a cache holds but the model, as tuples, by name."""
+    held = tuple(
+        (path, port, values.many, values.calls, tuple(tuple(each) if values.calls else each for each in values.steps))
+        for path, ports in cache._held.items()
+        for port, values in ports.items()
+    )
+    device = None if cache._device is None else str(cache._device)
+    return [("device", device), ("dtype", cache._dtype), ("detach", cache._detach), ("held", held)]
+
+
+def cache_from_data(
+    model: Any, device: str | None, dtype: torch.dtype | None, detach: bool, held: tuple[Any, ...]
+) -> ActivationCache:
+    """The cache of a model that `cache_as_data` was given.
+
+    Raises:
+        FileError: no cache holds this.
+    """
+    cache = ActivationCache(model, device, dtype, detach)
+    for each in held:
+        match each:
+            case (str(path), str(port), bool(many), bool(calls), tuple(steps)) if port in ("output", "inputs"):
+                pass
+            case _:
+                raise FileError("what a cache holds is a path, a side, two truths and the values")
+        ports = cache._held.setdefault(path, {})
+        if port in ports or not steps or (not many and len(steps) > 1):
+            raise FileError(f"no cache holds the {port} of {path!r:.80} like this")
+        if (calls and not all(isinstance(step, tuple) and step for step in steps)) or (port == "inputs" and not all(
+            _is_call(value) for step in steps for value in (step if calls else (step,))
+        )):  # fmt: skip
+            raise FileError(f"these are no values of the {port} of {path!r:.80}")
+        ports[port] = values = _Values(many)
+        values.calls, values.steps = calls, [list(step) if calls else step for step in steps]
+    return cache
+
+
+def _is_call(value: Any) -> bool:
+    """Whether a value is the arguments of a call: those by position and those by name."""
+    match value:
+        case (tuple(), dict(named)):
+            return all(isinstance(name, str) for name in named)
+    return False
 
 
 @final

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nnsight_compiler.ir.ops import Closure, For, Handler, If, Region, Try, Unpack, While, With
-from nnsight_compiler.ir.values import Operand
+from nnsight_compiler.ir.values import Operand, Value
 from nnsight_compiler.runtime.blocks import Blocks, Exits
 from nnsight_compiler.runtime.expressions import Scope
 from nnsight_compiler.runtime.regions import breaks, captured, continues_through_finally, yields
@@ -36,10 +36,9 @@ class Control(Blocks):
 
     def loop_over(self, op: For) -> list[ast.stmt]:
         """A `for`. `continue` assigns the parameters themselves, unless a `finally` may still read them."""
-        item, *parameters = op.body.parameters
-        carried = tuple(parameters)
+        carried = op.body.parameters[1:]
         if continues_through_finally(op.body):
-            carried = tuple(self.names.temporary(value.name) for value in parameters)
+            carried = tuple(self.names.temporary(value.name) for value in carried)
         iterable = self.operand(op.iterable, op.span)
         statements: list[ast.stmt] = []
         if reads(iterable, {place(self.target(value)) for value in carried}):
@@ -47,15 +46,21 @@ class Control(Blocks):
             statements = [ast.Assign(targets=[ast.Name(kept, ast.Store())], value=iterable)]
             iterable = load(kept)
         statements += self.assign(carried, op.initial, op.span)
+        loop = self.rounds(op, carried, iterable)
+        after = self.after(op.orelse, op, carried)
+        inside = op.orelse is not None or breaks(op.body)
+        loop.orelse = after if inside else []
+        return [*statements, loop, *([] if inside else after)]
+
+    def rounds(self, op: For, carried: Sequence[Value], iterable: ast.expr) -> ast.For:
+        """The rounds of a `for` over `iterable`, whose `continue` assigns `carried`."""
+        item, *parameters = op.body.parameters
         target, ops = self.target(item), op.body.ops
         if ops and isinstance(ops[0], Unpack) and ops[0].value == item and self.uses[item.name] == 1:
             target, ops = locate(self.pattern(ops[0]), ops[0].span), ops[1:]
         body = self.assign(parameters, carried, op.span)
-        body += self.within(Region((), ops), Exits(carried=carried, left=op.results, falls=True))
-        after = self._after(op.orelse, op, carried)
-        inside = op.orelse is not None or breaks(op.body)
-        loop = ast.For(target=target, iter=iterable, body=body or [ast.Pass()], orelse=after if inside else [])
-        return [*statements, loop, *([] if inside else after)]
+        body += self.within(Region((), ops), Exits(carried=tuple(carried), left=op.results, falls=True))
+        return ast.For(target=target, iter=iterable, body=body or [ast.Pass()], orelse=[])
 
     def loop_while(self, op: While) -> list[ast.stmt]:
         """A `while`. A condition that is more than an expression is computed in the body, and ends the loop through a
@@ -67,7 +72,7 @@ class Control(Blocks):
         body = self.assign_expressions(op.body.parameters, handed, op.span)
         body += self.within(op.body, Exits(carried=carried, left=op.results, falls=True))
         passed = op.condition.ops[-1].values[1:]  # type: ignore[attr-defined]  # a `yield`
-        after = self._after(op.orelse, op, passed)
+        after = self.after(op.orelse, op, passed)
         if not computing:
             inside = op.orelse is not None or breaks(op.body)
             loop = ast.While(test=test, body=body or [ast.Pass()], orelse=after if inside else [])
@@ -78,7 +83,7 @@ class Control(Blocks):
         choice = ast.If(test=test, body=body or [ast.Pass()], orelse=[stopping])
         return [*statements, going, ast.While(test=load(flag), body=[*computing, choice], orelse=after)]
 
-    def _after(self, region: Region | None, op: For | While, handed: Sequence[Operand]) -> list[ast.stmt]:
+    def after(self, region: Region | None, op: For | While, handed: Sequence[Operand]) -> list[ast.stmt]:
         """What runs once a loop has come to its end without `break`."""
         if region is None:
             return self.assign(op.results, handed, op.span)

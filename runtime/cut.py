@@ -47,6 +47,18 @@ class Cut:
             if layer is not None
         )
 
+    def deeper(self) -> Cut:
+        """One that keeps a layer more of each list, which then stands for the layers of its kind: those before it may
+        hold what the model itself still holds."""
+        more = {path: f"{path}.{kept}" for path, kept in self.kept.items()}
+        instead = {self.represented[layer]: layer for layer in more.values()}
+        represented = {
+            left_out: instead.get(layer, layer)
+            for left_out, layer in self.represented.items()
+            if left_out not in instead.values()
+        }
+        return Cut({path: kept + 1 for path, kept in self.kept.items()}, represented)
+
     def layer_of(self, path: str) -> str | None:
         """The layer of a cut list that a path is in or below; `None` for any other path."""
         for layers in self.kept:
@@ -80,7 +92,7 @@ def plan_cut(module: nn.Module) -> Cut | None:
     represented: dict[str, str] = {}
     configs = _configs(module)
     counts = {getattr(config, name, None) for config in configs for name in _COUNTS}
-    for path, layers in _lists(module):
+    for path, layers in layer_lists(module):
         if len(layers) not in counts or len(set(layers)) < len(layers):
             continue
         kinds = _kinds(layers, configs)
@@ -92,14 +104,14 @@ def plan_cut(module: nn.Module) -> Cut | None:
     return Cut(kept, represented) if kept else None
 
 
-def _lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+def layer_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
     """The outermost lists of modules, each with its path."""
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         if isinstance(child, nn.ModuleList):
             yield below, child
         else:
-            yield from _lists(child, below)
+            yield from layer_lists(child, below)
 
 
 def _kinds(layers: nn.ModuleList, configs: list[Any]) -> list[object]:

@@ -7,10 +7,11 @@ registered it: another thread, a run inside this one, and a module that the body
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from itertools import product
 from types import FunctionType, ModuleType
 from typing import Any, Protocol, final
-from typing import Literal as OneOf
 
 import torch
 from torch import nn
@@ -20,14 +21,28 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.passes.sites import PlacePort
 from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
-from nnsight_compiler.runtime.generation import Asked, Generation, Steps, covers
+from nnsight_compiler.runtime.generation import Asked, Generation, covers
 from nnsight_compiler.runtime.gradients import adapters, recorded
+from nnsight_compiler.runtime.hooks import (
+    SitePlan,
+    Started,
+    Stop,
+    are_watched,
+    input_hook,
+    output_hook,
+    skipped,
+    step_hook,
+)
+from nnsight_compiler.runtime.kept import Kept, event_of
+from nnsight_compiler.runtime.observe import Event
 from nnsight_compiler.runtime.operations import Operations
+from nnsight_compiler.runtime.prefixes import Prefix, replaying, without_cache
+from nnsight_compiler.runtime.prompts import remembering
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
 from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
+from nnsight_compiler.runtime.runs import RECORDER
 from nnsight_compiler.runtime.scanning import as_it_runs, prepared, ready
-from nnsight_compiler.runtime.skipping import Left, Skipped
-from nnsight_compiler.runtime.stopping import Later, Stopped, not_reached
+from nnsight_compiler.runtime.stopping import not_reached
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a forward, or of an invoke."""
@@ -35,8 +50,6 @@ SiteName = tuple[str, PlacePort, int]
 """The path of a module, a port, a call."""
 Confirm = Callable[[Any, Given, tuple[SiteName, ...]], str | None]
 """Says why invokes cannot share the sites of a model's forward on these inputs; `None` where they can."""
-SiteFunction = Callable[[Any, Any], Any]
-"""`(value, state) -> value`: what the model goes on with."""
 
 
 class Runnable(Protocol):
@@ -46,42 +59,42 @@ class Runnable(Protocol):
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
     def _batch(self, given: Sequence[Given], options: Mapping[str, Any]) -> Batch: ...
     def _forward_parameters(self) -> Collection[str]: ...
-    def _prepare_generation(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
-
-
-class _Stop(BaseException):
-    """Ends a forward at the last site that anything needs, or where the program says so: `site` is its number then."""
-
-    def __init__(self, run: object, site: int | None = None, where: Span | None = None) -> None:
-        self.run, self.site, self.where = run, site, where
+    def _prepare_generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given: ...
+    def _first_step(self, inputs: Given) -> Given | None: ...
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class SitePlan:
-    """One function at one site.
+@dataclass(frozen=True, slots=True, eq=False)
+class Running:
+    """One run of a model that is about to begin.
 
-    call: the number of the call, for a module that runs several times.
-    calls: how often the module must run, where the call was counted from the end.
-    steps: in a generation, the steps at which the function does something.
-    left: what is left out where the module is skipped here.
-    later: what does not exist where the forward is stopped before this site.
+    args, kwargs: what the model is given.
+    states: the state of each strand that takes part in it. plans: the plan of each, where they have different ones.
+    sites: the plan's sites with the functions that act in this run.
+    shares: where several strands take part, what each brought.
+    replaced: for modules that do not run, by their paths, what is called instead.
+    grad: whether all weights count for gradients.
+    kind: of strands that share rows, the shapes of what each is given: rows are told apart, so that how often modules
+        run does not depend on how many there are.
+    run: what stands for this run where hooks ask which one acts.
+    fired: how often each site was reached, in the step that runs.
+    generation: the generation, where it is one.
     """
 
-    path: str
-    port: OneOf["output", "skip", "input", "result"]
-    call: int | None
-    function: SiteFunction
-    span: Span
-    calls: int | None = None
-    steps: tuple[Steps, ...] = ()
-    left: Left | None = None
-    later: tuple[Later, ...] = ()
-
-    def __str__(self) -> str:
-        return f"`{self.path or 'the model'}` {self.port}"
+    model: Runnable
+    root: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    states: tuple[Any, ...]
+    sites: tuple[SitePlan, ...]
+    shares: tuple[Share, ...] = ()
+    replaced: Mapping[str, Replacement] = field(default_factory=dict)
+    grad: bool = False
+    kind: tuple[Any, ...] | None = None
+    run: object = field(default_factory=object)
+    fired: list[int] = field(default_factory=list)
+    generation: Generation | None = None
+    plans: tuple[Forward, ...] = ()
 
 
 @final
@@ -101,8 +114,17 @@ class Forward:
     axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
     own: the paths of the modules that the body calls: where one was attached, its weights count, and gradients are
         recorded where it is trained.
+    replays: the modules that do not run where a prefix holds what they give, each with whether that must be a copy.
     results: what is done with what a generation returned.
     generation: what a generation is asked for; `None` where the model runs once.
+    prompts: where in the state is what was made of prompts, for programs that may prepare one several times.
+    keeps: what the program keeps of it. `strand`: what it keeps of all forwards of the round that this is one of.
+    changes: where values of the model are replaced.
+    made: the names in the state of what its sites make.
+    repeatable: whether the functions change nothing but what they make and what the model does, so that a run which
+        did not end can be followed by another.
+    events: of a forward of a strand, what happens in it, in order, as it was seen.
+    alike: what is equal for forwards that may be rows of one, where their inputs are of one kind.
 
     The first run on inputs of new shapes never stops early: how often a module runs may depend on them, and a second
     run of the last site would otherwise go unnoticed.
@@ -121,9 +143,22 @@ class Forward:
     divided: tuple[SiteName, ...] = ()
     confirm: Confirm | None = None
     results: tuple[SitePlan, ...] = ()
+    replays: Mapping[str, bool] = field(default_factory=dict)
     generation: Asked | None = None
+    prompts: str = ""
+    keeps: tuple[Kept, ...] = ()
+    strand: tuple[Kept, ...] = ()
+    changes: tuple[Event, ...] = ()
+    made: tuple[str, ...] = ()
+    repeatable: bool = False
+    events: tuple[Event, ...] = ()
+    alike: Any = field(init=False)
     _whole: set[Any] = field(default_factory=set)
     _confirmed: bool = False
+
+    def __post_init__(self) -> None:
+        bound = tuple((*site.name, site.required, site.calls) for site in self.sites if site.required or site.calls)
+        self.alike = tuple(self.replays.items()), self.wanted is not None, bound, self.generation is not None
 
     def run(
         self,
@@ -140,64 +175,129 @@ class Forward:
         """
         grad = kwargs.pop("grad", False)
         root = ready(model)
-        run = object()
-        fired = [0] * len(self.sites)
+        run, fired = object(), list[int]()
         generation = None
         if self.generation is not None:
             several = self.span if len(invokes) > 1 else None
-            generation = self._generation(self.generation, root, kwargs, state, run, fired, several)
+            generation = self.generating(root, kwargs, (state,), run, fired, several)
         if invokes:
-            args, kwargs = self._batched(model, invokes, kwargs, state, generation)
-        elif generation is not None:
-            args, kwargs = model._prepare_generation(args, kwargs)
+            with remembering(getattr(state, self.prompts, None)):
+                args, kwargs = self._batched(model, invokes, kwargs, state, generation)
         else:
-            args, kwargs = prepared(model, args, kwargs)
-        shapes = _shapes(args, kwargs) if self.stops else None
+            args, kwargs = self.prepared(model, args, kwargs, state)
+        self.run_prepared(
+            Running(
+                model, root, args, kwargs, (state,), self.sites, grad=grad, run=run, fired=fired, generation=generation
+            )
+        )
+
+    def prepared(self, model: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> Given:
+        """The arguments of the torch module, from those of the forward."""
+        with remembering(getattr(state, self.prompts, None)):
+            if self.generation is not None:
+                return model._prepare_generation(args, kwargs)
+            return prepared(model, args, kwargs)
+
+    def resume(self, model: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any, base: Prefix) -> None:
+        """Runs the model on these arguments, from where a prefix of them ends."""
+        args, kwargs = self.prepared(model, args, kwargs, state)
+        self.run_prepared(self.running(model, ready(model), args, kwargs, (state,), base))
+
+    def running(
+        self,
+        model: Runnable,
+        root: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        states: tuple[Any, ...],
+        base: Prefix | None = None,
+    ) -> Running:
+        """A run on prepared arguments, in which these states take part."""
+        run, fired = object(), list[int]()
+        generation = None
+        if self.generation is not None:
+            kwargs = dict(kwargs)
+            generation = self.generating(root, kwargs, states, run, fired, self.span if len(states) > 1 else None)
+        running = Running(model, root, args, kwargs, states, self.sites, run=run, fired=fired, generation=generation)
+        if base is None or are_watched(root) or not self.resumes(running):
+            return running
+        return self.resumed(running, base.values())
+
+    def resumes(self, running: Running) -> bool:
+        """Whether modules may be replayed: what they give has no gradients, and they change nothing by running."""
+        given = (*running.args, *running.kwargs.values())
+        gradients = self.named or any(map(_requires_grad, given)) or adapters(running.root)
+        return not running.root.training and not (torch.is_grad_enabled() and gradients)
+
+    def resumed(self, running: Running, values: Mapping[str, Any]) -> Running:
+        """The same run, with these values of the modules that are replayed."""
+        replaced = {path: replaying(values[path], own) for path, own in self.replays.items() if path in values}
+        return replace(running, kwargs=without_cache(running.model, running.kwargs), replaced=replaced)
+
+    @property
+    def end(self) -> Event | None:
+        """What happens last of all that is needed; `None` where the model runs to its end."""
+        return event_of(self.sites[-1].path, self.sites[-1].port, self.sites[-1].call) if self.sites else None
+
+    def ends_early(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a run on such inputs stops after the last site."""
+        return self.stops and shapes_of(args, kwargs) in self._whole
+
+    def forget(self, states: Sequence[Any]) -> None:
+        """Lets go of what the sites made in a run that did not end."""
+        for state, name in product(states, self.made):
+            if hasattr(state, name):
+                delattr(state, name)
+
+    def run_prepared(self, running: Running) -> None:
+        """Runs the model on arguments that are its own already."""
+        root, run, args, kwargs, sites = running.root, running.run, running.args, running.kwargs, running.sites
+        fired, generation, state = running.fired, running.generation, running.states[0]
+        fired[:] = [0] * len(sites)
+        shapes = (running.kind or shapes_of(args, kwargs)) if self.stops else None
         stops = shapes in self._whole and not root.training
-        last = len(self.sites) - 1
+        last = len(sites) - 1
         operations = Operations(root, run)
         handles: list[Any] = [operations]
-        starts: dict[int, _Started] = {}
-        stopped: _Stop | None = None
+        starts: dict[int, Started] = {}
+        stopped: Stop | None = None
         before = _ACTIVE.run
+        if generation is None:
+            RECORDER.count(self.span)
+        began = RECORDER.begin()
         try:
             if generation is not None:
-                handles.append(root.register_forward_pre_hook(_step_hook(generation, run)))
-            for index, site in enumerate(self.sites):
+                handles.append(root.register_forward_pre_hook(step_hook(generation, run)))
+            for path, replacement in running.replaced.items():
+                handles.append(Replaced(root.get_submodule(path), _ACTIVE, run, replacement))
+            for index, site in enumerate(sites):
                 module = operations.operation(site.path) if ":" in site.path else self._module(root, site)
                 ends = stops and index == last
                 if site.port == "output":
-                    started = None if site.call is None else _Started(run)
+                    started = None if site.call is None else Started(run)
                     if started is not None:
                         starts[index] = started
                         if generation is not None:
                             generation.counters.append(started)
                         handles.append(module.register_forward_pre_hook(started))
                     handles.append(
-                        module.register_forward_hook(_output_hook(site, run, state, fired, index, ends, started))
+                        module.register_forward_hook(output_hook(site, run, state, fired, index, ends, started))
                     )
                 elif site.port == "skip":
-                    skip = _skip(self.sites, run, state, fired, index, starts)
+                    skip = skipped(sites, run, state, fired, index, starts)
                     handles.append(Replaced(module, _ACTIVE, run, skip))
                 else:
-                    hook = _input_hook(site, run, state, fired, index, ends)
+                    hook = input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             _ACTIVE.run = run
-            own = {path: resolve(model, path) for path in self.own & getattr(model, "_attached", set())}
-            records = grad or self._records(state, args, kwargs) or any(map(_requires_grad, own.values()))
-            records = records or (torch.is_grad_enabled() and bool(adapters(root)))
-            attached = (f"{path}.{name}" for path, module in own.items() for name, _ in module.named_parameters())
-            named = (*self.named, *attached)
             if self.copies:
                 args, kwargs = _copied((args, kwargs), {})
-            asked = self.wanted is not None or (records and torch.is_grad_enabled())
-            around = recorded(root, self.wanted, named, everything=grad) if asked else torch.no_grad()
-            with as_it_runs(), around:
+            with as_it_runs(), self._recorded(running):
                 if generation is not None:
                     result = generation.run(root, args, kwargs)
                 else:
                     root(*args, **kwargs)
-        except _Stop as stop:
+        except Stop as stop:
             if stop.run is not run:
                 raise
             stopped = stop.with_traceback(None)  # which would hold this frame, and this frame holds it
@@ -205,6 +305,12 @@ class Forward:
             _ACTIVE.run = before
             for handle in handles:
                 handle.remove()
+        if began is not None:
+            ended = None if stopped is None else self.sites[last if stopped.site is None else stopped.site]
+            name: SiteName | None = None if ended is None else (ended.path, ended.port, ended.call or 0)
+            steps = generation.count if generation is not None else 1
+            plans = tuple(dict.fromkeys(running.plans)) or (self,)
+            began.end(plans, args, kwargs, name, steps, len(running.states), tuple(running.replaced))
         if generation is not None and self.generation is not None:
             if stopped is not None:
                 assert stopped.site is not None
@@ -213,13 +319,45 @@ class Forward:
                     missing = tuple(each for each in site.later if not hasattr(state, each.slot))
                     not_reached(state, missing, stopped.where)
                 return
-            generation.finish(self.generation.steps)
-            for site in self.results:
-                site.function(result, state)
+            if not running.shares:
+                generation.finish(self.generation.steps, generation.count)
+            plans = running.plans or (self,) * len(running.states)
+            for share, plan in zip(running.shares, plans, strict=False):
+                assert plan.generation is not None
+                generation.finish(plan.generation.steps, share.length or generation.count)
+            for own, of, plan in zip(running.shares or (None,), running.states, plans, strict=True):
+                for site in plan.results:
+                    site.function(result if own is None else own.result(result), of)
             return
         self._check(root, fired, stopped, state)
         if shapes is not None and stopped is None and all(site.calls is None for site in self.sites):
             self._whole.add(shapes)
+
+    def _recorded(self, running: Running) -> AbstractContextManager[Any]:
+        """Around the run of the model: whether gradients are recorded."""
+        root = running.root
+        if self.wanted is None and not (running.grad and torch.is_grad_enabled()):
+            given = [(state, running.args, running.kwargs) for state in running.states]
+            if not self.records(running.model, root, given):
+                return torch.no_grad()
+        own = self._attached(running.model)
+        attached = (f"{path}.{name}" for path, module in own.items() for name, _ in module.named_parameters())
+        return recorded(root, self.wanted, (*self.named, *attached), everything=running.grad)
+
+    def records(
+        self, model: Runnable, root: nn.Module, given: Sequence[tuple[Any, tuple[Any, ...], Mapping[str, Any]]]
+    ) -> bool:
+        """Whether what one of several runs gives has gradients, though the program asks for none. `given`: of each, its
+        state and the arguments of the model."""
+        if not torch.is_grad_enabled():
+            return False
+        if any(self._records(*each) for each in given) or adapters(root):
+            return True
+        return any(map(_requires_grad, self._attached(model).values()))
+
+    def _attached(self, model: Runnable) -> dict[str, nn.Module]:
+        """The modules that were attached to the model, of those that the body calls."""
+        return {path: resolve(model, path) for path in self.own & getattr(model, "_attached", set())}
 
     @staticmethod
     def _once(root: nn.Module, site: SitePlan, step: int) -> bool:
@@ -234,7 +372,7 @@ class Forward:
         return any(module is inside for module in encoder().modules())
 
     def _check(
-        self, root: nn.Module, fired: list[int], stopped: _Stop | None, state: Any, step: int | None = None
+        self, root: nn.Module, fired: list[int], stopped: Stop | None, state: Any, step: int | None = None
     ) -> None:
         """Refuses a forward, or a step, in which a site was not reached, or more often than the plan says."""
         for index, (site, count) in enumerate(zip(self.sites, fired, strict=True)):
@@ -255,21 +393,22 @@ class Forward:
             if count != 1 and (site.call is None or count <= site.call):
                 self._missed(site, count, "this forward" if step is None else f"step {step} of this generation")
 
-    def _generation(
+    def generating(
         self,
-        asked: Asked,
         root: nn.Module,
         kwargs: dict[str, Any],
-        state: Any,
+        states: Sequence[Any],
         run: object,
         fired: list[int],
         several: Span | None,
     ) -> Generation:
         """A generation that is about to run; takes from its arguments what is not the model's."""
+        asked = self.generation
+        assert asked is not None
         on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
 
         def settle(step: int) -> None:
-            self._check(root, fired, None, state, step)
+            self._check(root, fired, None, states[0], step)
             fired[:] = [0] * len(fired)
 
         def plain(ids: torch.Tensor) -> None:
@@ -279,8 +418,11 @@ class Forward:
             finally:
                 _ACTIVE.run = run
 
-        advance: Callable[[int], None] = lambda step: setattr(state, asked.slot, step)  # noqa: E731
-        generation = Generation(advance, settle, None if on_token is None else plain, seed)
+        def advance(step: int) -> None:
+            for state in states:
+                setattr(state, asked.slot, step)
+
+        generation = Generation(self.span, advance, settle, None if on_token is None else plain, seed)
         generation.check(asked.steps, root, kwargs, several)
         return generation
 
@@ -333,6 +475,10 @@ class Forward:
             module = found
         return module
 
+    def may_record(self, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether gradients are asked for, or something that a run brings requires them."""
+        return self.wanted is not None or self._records(state, args, kwargs)
+
     def _records(self, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         brought = (getattr(state, name, None) for name in self.brings)
         return any(map(_requires_grad, (*brought, *args, *kwargs.values())))
@@ -351,7 +497,7 @@ class Forward:
         )
 
 
-def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+def shapes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a forward's inputs may decide how often its modules run, besides what was guarded on."""
     return tuple([getattr(value, "shape", None) for value in (*args, *kwargs.values())])
 
@@ -373,113 +519,6 @@ def _copied(value: Any, made: dict[int, Any]) -> Any:
         return value
     made[id(value)] = copy
     return copy
-
-
-class _Started:
-    """Numbers the calls of a module as they begin. They end in another order where a module calls itself."""
-
-    def __init__(self, run: object) -> None:
-        self.run, self.count = run, 0
-        self.open: list[int] = []
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if _ACTIVE.run is self.run:
-            self.open.append(self.count)
-            self.count += 1
-
-
-def _output_hook(
-    site: SitePlan, run: object, state: Any, fired: list[int], index: int, ends: bool, started: _Started | None
-) -> Callable[[nn.Module, Any, Any], Any]:
-    function, call = site.function, site.call
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if _ACTIVE.run is not run:
-            return None
-        fired[index] += 1
-        if started is not None and started.open.pop() != call:
-            return None
-        _ACTIVE.run = None
-        try:
-            result = function(output, state)
-        finally:
-            _ACTIVE.run = run
-        if type(result) is Stopped:
-            raise _Stop(run, index, result.where)
-        if ends:
-            raise _Stop(run)
-        return result
-
-    return hook
-
-
-def _input_hook(
-    site: SitePlan, run: object, state: Any, fired: list[int], index: int, ends: bool
-) -> Callable[[nn.Module, Any, Any], Any]:
-    function, call = site.function, site.call
-
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if _ACTIVE.run is not run:
-            return None
-        number = fired[index]
-        fired[index] = number + 1
-        if call is not None and number != call:
-            return None
-        _ACTIVE.run = None
-        try:
-            given = (args, kwargs)
-            result = function(given, state)
-        finally:
-            _ACTIVE.run = run
-        if type(result) is Stopped:
-            raise _Stop(run, index, result.where)
-        if ends:
-            raise _Stop(run)
-        return None if result is given else result
-
-    return hook
-
-
-def _step_hook(generation: Generation, run: object) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        if _ACTIVE.run is run:
-            generation.begin()
-
-    return hook
-
-
-def _skip(
-    sites: tuple[SitePlan, ...], run: object, state: Any, fired: list[int], index: int, starts: dict[int, _Started]
-) -> Replacement:
-    """What is called in the place of the forward of a module that may be skipped."""
-    site = sites[index]
-    function, call, left = site.function, site.call, site.left
-    assert left is not None, "the plan says what a skip leaves out"
-
-    def replacement(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        number = fired[index]
-        fired[index] = number + 1
-        if call is not None and number != call:
-            return plain(*args, **kwargs)
-        _ACTIVE.run = None
-        try:
-            found = function(None, state)
-        finally:
-            _ACTIVE.run = run
-        if type(found) is Stopped:
-            raise _Stop(run, index, found.where)
-        if type(found) is not Skipped:
-            return plain(*args, **kwargs)
-        for other, each in enumerate(sites):  # calls keep the numbers that they have where nothing is skipped
-            if each.path in left.inner:
-                fired[other] += left.inner[each.path]
-                if other in starts:
-                    starts[other].count += left.inner[each.path]
-            if each.port == "skip" and each.path == site.path:
-                fired[other] = number + 1  # another call of this module may be skipped too
-        return left.output(found.value, args, kwargs, found.where)
-
-    return replacement
 
 
 def _requires_grad(value: Any, depth: int = 4) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.runtime.rows import Sizes
+from nnsight_compiler.runtime.runs import RECORDER
 
 Steps = tuple[int, int | None]
 """From a step to one before another, or open-ended."""
@@ -67,7 +68,7 @@ def covers(ranges: Sequence[Steps], step: int) -> bool:
 class Generation:
     """What one run of a generation has come to.
 
-    step: the step that is running; `count`: how many have begun.
+    span: the `generate` that it is of. step: the step that is running; `count`: how many have begun.
     ended: for each row, the number of its steps once its sequence has ended.
     advance, settle: called with the number of each step, as it begins and when it is over.
     counters: what begins anew with each step.
@@ -75,6 +76,7 @@ class Generation:
     sizes: what several invokes have of the forward that runs: each later step brings one more token.
     """
 
+    span: Span
     advance: Callable[[int], None]
     settle: Callable[[int], None]
     on_token: Callable[[torch.Tensor], Any] | None = None
@@ -91,6 +93,7 @@ class Generation:
 
     def begin(self) -> None:
         """A forward of the model begins: the next step."""
+        RECORDER.count(self.span)
         if self.count:
             self.settle(self.step)
             for counter in self.counters:
@@ -143,19 +146,19 @@ class Generation:
                     f"  way out: `max_new_tokens={each.least}`, or a loop over `tracer.iter[:]`"
                 )
 
-    def finish(self, wanted: Sequence[Wanted]) -> None:
-        """Refuses a generation that was too short for what was asked of it.
+    def finish(self, wanted: Sequence[Wanted], count: int) -> None:
+        """Refuses a generation of `count` steps that was too short for what was asked of it.
 
         Raises:
             RunError: steps that the program names did not come.
         """
         for each in wanted:
-            if self.count < each.least:
-                at_end = bool(self.ended) and all(ended is not None for ended in self.ended)
+            if count < each.least:
+                at_end = count < self.count or (bool(self.ended) and all(ended is not None for ended in self.ended))
                 reason = " at an end of sequence" if at_end else ""
                 raise RunError(
                     f"{each.span}: this is meant for {each}, but the generation ended{reason} after step"
-                    f" {self.count - 1}, so it did not happen\n"
+                    f" {count - 1}, so it did not happen\n"
                     f"  way out: `min_new_tokens={each.least}` makes it go on; a loop over `tracer.iter[:]` takes the"
                     " steps that come"
                 )

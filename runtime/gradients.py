@@ -8,8 +8,9 @@ them complete, at the node that made the value, so that one pass serves all of t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
@@ -56,10 +57,28 @@ class Frozen(TorchFunctionMode):
         return value
 
 
+def plainly(value: Any) -> AbstractContextManager[Any]:
+    """Around what we do ourselves to the tensors in a value: it goes past `Frozen`, which would look at every argument
+    of every function. Tensors that have functions of their own keep them."""
+    return torch._C.DisableTorchFunction() if _is_plain(value) else nullcontext()
+
+
+_PLAIN = frozenset({torch.Tensor, bool, int, float, type(None)})
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return all(map(_is_plain, value))
+    return kind in _PLAIN or (kind is dict and all(map(_is_plain, value.values())))
+
+
 class _Current(threading.local):
-    """The model whose forward runs in this thread."""
+    """The model whose forward runs in this thread; and where strands look at rows of their own, what stands at the
+    whole site."""
 
     root: nn.Module | None = None
+    whole: Any = None
 
 
 _CURRENT = _Current()
@@ -136,7 +155,12 @@ class _Begin(torch.autograd.Function):
 
 def require(value: Any, leaf: int | None, where: str) -> None:
     """Has what is computed from a value be recorded from here on."""
-    leaves = tree_leaves(value)
+    with plainly(value):
+        _require(value, leaf, where)
+
+
+def _require(value: Any, leaf: int | None, where: str) -> None:
+    leaves = [value] if type(value) is torch.Tensor else tree_leaves(value)
     for tensor in leaves if leaf is None else leaves[leaf : leaf + 1]:
         if not isinstance(tensor, torch.Tensor) or tensor.requires_grad:
             continue
@@ -165,6 +189,16 @@ def _is_part_of_model(tensor: torch.Tensor) -> bool:
     return any(each.untyped_storage().data_ptr() == storage for each in own if not each.is_meta)
 
 
+@contextmanager
+def of_rows(whole: Any) -> Iterator[None]:
+    """While strands look at their rows of a site: gradients arrive at the whole."""
+    before, _CURRENT.whole = _CURRENT.whole, whole
+    try:
+        yield
+    finally:
+        _CURRENT.whole = before
+
+
 # --- where gradients arrive ---
 
 
@@ -180,6 +214,13 @@ class Tracked:
     edge: GradientEdge
     whole: tuple[tuple[int, ...], tuple[int, ...]]
     part: tuple[tuple[int, ...], tuple[int, ...], int] | None
+
+    def part_of(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A copy of the part of the whole gradient that is the value's."""
+        if self.part is not None and gradient.stride() == self.whole[1]:
+            shape, strides, offset = self.part
+            return gradient.as_strided(shape, strides, int(gradient.storage_offset()) + offset).clone()
+        return self.split(gradient)[1]
 
     def split(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy of the whole gradient, and the part of it that is the value's."""
@@ -198,6 +239,11 @@ def track(value: Any, source: Any, where: str) -> Tracked:
     Raises:
         RunError: it has none.
     """
+    with plainly(value):
+        return _track(value, source, where)
+
+
+def _track(value: Any, source: Any, where: str) -> Tracked:
     if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
         raise RunError(f"{where}: only a tensor of real numbers has a gradient, not {described(value)}")
     whole = _whole(value, source)
@@ -216,7 +262,8 @@ def track(value: Any, source: Any, where: str) -> Tracked:
 
 def _whole(value: torch.Tensor, source: Any) -> torch.Tensor:
     """The tensor at a site that a value is, or is a view of; the value itself where it shares nothing with the site."""
-    tensors = [each for each in tree_leaves(source) if isinstance(each, torch.Tensor)]
+    held = source if _CURRENT.whole is None else _CURRENT.whole
+    tensors = [each for each in tree_leaves(held) if isinstance(each, torch.Tensor)]
     if any(each is value for each in tensors):
         return value
     storage = value.untyped_storage().data_ptr()
@@ -270,6 +317,20 @@ class Backward:
         Raises:
             RunError: the loss has no gradient, or does not depend on a value whose gradient is asked for.
         """
+        self.check(loss)
+        arrived = [False] * len(self.pieces)
+        handles = [self.hook(number, each, arrived, state) for number, each in enumerate(tracked)]
+        handles += _spare(loss, models, self.named)
+        try:
+            loss.backward(*args, **kwargs)
+        except RuntimeError as error:
+            raise self.explained(error) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.check_arrived(arrived)
+
+    def check(self, loss: Any) -> None:
         if not isinstance(loss, torch.Tensor):
             raise RunError(f"{self.span}: a backward pass starts at a tensor, not at {described(loss)}")
         if not loss.requires_grad:
@@ -280,16 +341,8 @@ class Backward:
                 "  way out: ask for the gradient of a value that it depends on, in `with loss.backward():`; for the"
                 " weights of the model, `trace(…, grad=True)`"
             )
-        arrived = [False] * len(self.pieces)
-        handles = [self._hook(number, each, arrived, state) for number, each in enumerate(tracked)]
-        handles += _spare(loss, models, self.named)
-        try:
-            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise self._explained(error) from error
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def check_arrived(self, arrived: list[bool]) -> None:
         for piece, reached in zip(self.pieces, arrived, strict=True):
             if not reached:
                 self._missed(piece)
@@ -300,7 +353,7 @@ class Backward:
             "  way out: compute the loss from what depends on the value, outside of `torch.no_grad()`"
         )
 
-    def _hook(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Any:
+    def hook(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Any:
         piece, position = self.pieces[number], tracked.edge.output_nr
         function = piece.function
         assert function is not None
@@ -316,11 +369,13 @@ class Backward:
                         " arrives only later: a backward pass goes from the last value to the first\n  way out: take"
                         " the gradient that is needed in a backward pass of its own, before, with `retain_graph=True`"
                     )
+            if not piece.writes:
+                function(tracked.part_of(gradient), state)
+                arrived[number] = True
+                return None
             whole, part = tracked.split(gradient)
             result = function(part, state)
             arrived[number] = True
-            if not piece.writes:
-                return None
             if result is not part:
                 if whole is part:
                     whole = result
@@ -330,7 +385,7 @@ class Backward:
 
         return tracked.edge.node.register_prehook(hook)
 
-    def _explained(self, error: RuntimeError) -> Exception:
+    def explained(self, error: RuntimeError) -> Exception:
         if AGAIN in str(error):
             return RunError(
                 f"{self.span}: an earlier backward pass of this forward freed what was recorded; the invokes of one"
@@ -366,12 +421,16 @@ def _spare(loss: torch.Tensor, models: tuple[Any, ...], named: tuple[str, ...]) 
 
 def _leaves(loss: torch.Tensor) -> Iterator[Any]:
     """The nodes at which a backward pass from a loss would accumulate gradients."""
-    waiting: list[Any] = [get_gradient_edge(loss).node]
+    return (node for node in _reached(loss) if hasattr(node, "variable"))
+
+
+def _reached(loss: torch.Tensor) -> Iterator[Any]:
+    """The nodes through which a backward pass from a loss would go."""
+    waiting: list[Any] = [get_gradient_edge(loss).node] if loss.requires_grad else []
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if hasattr(node, "variable"):
-            yield node
+        yield node
         for inner, _ in node.next_functions:
             if inner is not None and inner not in seen:
                 seen.add(inner)
@@ -388,6 +447,123 @@ def gradients(
     except RuntimeError as error:
         raise RunError(f"{where}: {error}") from error
     return tuple(
-        gradient if gradient is None or each.part is None else each.split(gradient)[1]
+        gradient if gradient is None or each.part is None else each.part_of(gradient)
         for each, gradient in zip(tracked, found, strict=True)
     )
+
+
+# --- of several strands ---
+
+
+@final
+@dataclass(slots=True, eq=False)
+class BackwardRequest:
+    """A backward pass that a strand waits for. `failure`: what it raised."""
+
+    plan: Backward
+    loss: Any
+    tracked: tuple[Tracked, ...]
+    models: tuple[Any, ...]
+    state: Any
+    failure: Exception | None = None
+
+
+@final
+@dataclass(slots=True, eq=False)
+class GradientsRequest:
+    """Gradients that a strand waits for: `found`, once they are there. `failure`: what it raised."""
+
+    outputs: Any
+    tracked: tuple[Tracked, ...]
+    where: str
+    found: tuple[Any, ...] = ()
+    failure: Exception | None = None
+
+    @property
+    def loss(self) -> Any:
+        """The tensor that is differentiated, where it is one."""
+        leaves = tree_leaves(self.outputs)
+        return leaves[0] if len(leaves) == 1 else None
+
+
+def summed(losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the losses of several strands."""
+    return losses[0] if len(losses) == 1 else torch.stack([each.reshape(()) for each in losses]).sum()
+
+
+def run_backwards(passes: Sequence[BackwardRequest]) -> None:
+    """Runs backward passes, as one where they can be; else up to the first that fails."""
+    if len(passes) > 1 and _are_apart(passes):
+        _run_together(passes)
+        return
+    for number, each in enumerate(passes, 1):
+        keeps = {"retain_graph": True} if number < len(passes) else {}  # they may be of rows of one forward
+        try:
+            each.plan.run(each.loss, (), keeps, each.tracked, each.models, each.state)
+        except Exception as error:
+            each.failure = error
+            return
+
+
+def _run_together(passes: Sequence[BackwardRequest]) -> None:
+    """Runs several passes as one. Their losses depend on rows of their own, so that the gradient of the sum has that of
+    each in its rows."""
+    first = passes[0].plan
+    handles: list[Any] = []
+    arrived = [[False] * len(each.plan.pieces) for each in passes]
+    for each, of in zip(passes, arrived, strict=True):
+        handles += [each.plan.hook(number, value, of, each.state) for number, value in enumerate(each.tracked)]
+    total = summed([each.loss for each in passes])
+    handles += _spare(
+        total, tuple({id(model): model for each in passes for model in each.models}.values()), first.named
+    )
+    try:
+        total.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise first.explained(error) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    for each, of in zip(passes, arrived, strict=True):
+        each.plan.check_arrived(of)
+
+
+def _are_apart(requests: Sequence[BackwardRequest | GradientsRequest]) -> bool:
+    """Whether the sum of the losses has the gradients that each of these asks for: each loss is a number that depends
+    on the values whose gradients are asked for with it, and on none of which another is asked for. So it is with rows
+    of a forward, of which each loss has its own; a tensor that the program had before may be in all of them."""
+    own = [{each.edge.node for each in one.tracked if each.part is None} for one in requests]
+    asked = Counter(node for nodes in own for node in nodes)
+    for one, nodes in zip(requests, own, strict=True):
+        if not isinstance(one.loss, torch.Tensor) or one.loss.numel() != 1 or not one.loss.requires_grad:
+            return False
+        reached = set(_reached(one.loss))
+        if any(each.edge.node not in reached for each in one.tracked):
+            return False
+        if any(times > (node in nodes) and node in reached for node, times in asked.items()):
+            return False
+    return True
+
+
+def run_gradients(requests: Sequence[GradientsRequest]) -> None:
+    """Takes gradients, at once where that gives the same; else up to the first that fails."""
+    if len(requests) < 2 or not _are_apart(requests):
+        for number, each in enumerate(requests, 1):
+            # The rows of one forward are recorded as one, which the last of them frees.
+            keeps = {"retain_graph": True} if number < len(requests) else {}
+            try:
+                each.found = gradients(each.outputs, each.tracked, (), keeps, each.where)
+            except Exception as error:
+                each.failure = error
+                return
+        return
+    tracked = tuple(value for each in requests for value in each.tracked)
+    whole = tuple({(value.edge.node, value.edge.output_nr): value for value in tracked}.values())
+    edges = [each.edge for each in whole]
+    try:
+        found = torch.autograd.grad(summed([each.loss for each in requests]), edges)
+    except RuntimeError as error:
+        raise RunError(f"{requests[0].where}: {error}") from error
+    by_edge = {(each.node, each.output_nr): gradient for each, gradient in zip(edges, found, strict=True)}
+    for each in requests:
+        each.found = tuple(value.part_of(by_edge[value.edge.node, value.edge.output_nr]) for value in each.tracked)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from nnsight_compiler.runtime.shadow import is_transformers
+from nnsight_compiler.runtime.signatures import forward_parameters
 
 Names = tuple[str | None, ...]
 """What each dimension of a tensor counts: `rows`, `tokens`, or `None` for neither."""
@@ -100,7 +101,7 @@ def _by_name(name: str, dimensions: int) -> Names:
 def _positional(module: nn.Module) -> list[str]:
     """The names of the parameters that may be given by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, one in inspect.signature(module.forward).parameters.items() if one.kind in kinds]
+    return [name for name, one in forward_parameters(module).items() if one.kind in kinds]
 
 
 def _name(place: str, parameters: list[str]) -> str:
@@ -110,8 +111,20 @@ def _name(place: str, parameters: list[str]) -> str:
     return place.rpartition(".")[2]
 
 
+_LEAVES = frozenset({torch.Tensor, nn.Parameter, bool, int, float, str, type(None)})
+
+
+def are_flat(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether no argument is a container, nor of a type that might be one."""
+    return all(type(value) in _LEAVES for value in args) and all(type(value) in _LEAVES for value in kwargs.values())
+
+
 def places(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Each leaf of the arguments with the name of its place."""
+    if are_flat(args, kwargs):
+        yield from zip(map(str, range(len(args))), args, strict=True)
+        yield from kwargs.items()
+        return
     leaves, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
     for path, leaf in leaves:
         keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path[1:]]

@@ -18,6 +18,7 @@ from typing import Literal as OneOf
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnsight_compiler.ir.ops import Port
@@ -79,8 +80,15 @@ class Observation:
     mutated_later: the events at which a tensor stood that the model wrote to in place afterwards.
     tensors: for each event, the floating-point tensors that stood there.
     since: for each event at which a tensor stood (of a tuple, its first), when that same tensor stood anywhere first.
+    handed: which tensor that a module returned stands at an event, in the very shape and unchanged: the first argument
+        at an input, the value itself at an output, and by their names (or numbers) the entries of a mapping there.
     refused: the operations that were asked for and are none, each with the reason and the way out.
     recomputed: the attention modules whose attention was computed anew, for its pattern or scores.
+    draws: the path of a module that drew random numbers, or changed a buffer of its own; empty where none did.
+    keeps: the path of a module that changed an attribute of its own; empty where none did.
+    effects: the modules whose calls did more than return: they changed something that they were given, or an
+        attribute of their own.
+    memory: for each event, numbers of the pieces of memory behind the tensors that stood there.
     """
 
     events: tuple[Event, ...]
@@ -92,8 +100,13 @@ class Observation:
     mutated_later: frozenset[Event] = frozenset()
     tensors: Mapping[Event, tuple[Standing, ...]] = field(default_factory=dict)
     since: Mapping[Event, int] = field(default_factory=dict)
+    handed: Mapping[tuple[Event, str], Event] = field(default_factory=dict)
     refused: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     recomputed: frozenset[str] = frozenset()
+    draws: str = ""
+    keeps: str = ""
+    effects: frozenset[str] = frozenset()
+    memory: Mapping[Event, frozenset[int]] = field(default_factory=dict)
     _times: dict[Event, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -106,6 +119,23 @@ class Observation:
     def count(self, path: str) -> int:
         """How often a module ran."""
         return self.calls.get(path, 0)
+
+    def begins_after(self, path: str, port: OneOf["input", "output"], call: int = 0) -> str | None:
+        """The first module that begins to run after an event; `None` where none does."""
+        later = self.events[self.time(path, port, call) + 1 :]
+        return next((event.path for event in later if event.port == "input" and ":" not in event.path), None)
+
+    def pieces(self, path: str, port: OneOf["input", "output"], call: int = 0) -> frozenset[int]:
+        """Numbers of the pieces of memory behind the tensors at an event."""
+        return self.memory.get(Event(path, port, call), frozenset())
+
+    def is_changed_later(self, path: str, port: OneOf["input", "output"], call: int = 0) -> bool:
+        """Whether the model wrote in place to a tensor that stood there."""
+        return Event(path, port, call) in self.mutated_later
+
+    def is_tensor(self, path: str, port: OneOf["input", "output"], call: int = 0) -> bool:
+        """Whether a single tensor stood there."""
+        return self.kind.get(Event(path, port, call)) == "tensor"
 
     def within(self, path: str, call: int = 0) -> Mapping[str, int]:
         """How often each module ran inside one call of a module."""
@@ -128,6 +158,13 @@ class Observation:
             if start != event:
                 found[start.path, "inputs" if start.port == "input" else "output", start.call, number] = None
         return list(found)
+
+    def giver(self, path: str, port: OneOf["input", "output"], part: str = "") -> str | None:
+        """The module whose very output stands at an event (at an input, as the first argument), or is the `part` of
+        that name of a mapping there; each of the two runs once. `None` where there is none."""
+        made = self.handed.get((Event(path, port, 0), part))
+        once = made is not None and self.count(path) == self.count(made.path) == 1
+        return made.path if made is not None and once else None
 
     def why_not(self, path: str) -> tuple[str, str] | None:
         """Why an operation cannot be addressed, and the way out; `None` where it only did not run."""
@@ -177,9 +214,34 @@ def _run(
     shadow = shadow_of(module, memo, fake=stand_in.how == "fake")
     args, kwargs = copy.deepcopy((args, kwargs), memo)
     recorder = _Recorder(shadow, operations)
-    with stand_in.running(), ACTIVE.running(recorder):
+    kept = [(path, buffer, buffer._version) for path, buffer in shadow.named_buffers()]
+    with stand_in.running(), ACTIVE.running(recorder), recorder.draws:
         shadow(*args, **kwargs)
+    changed = (path for path, buffer, version in kept if buffer._version != version)
+    recorder.draws.where = recorder.draws.where or next(changed, "")
     return recorder.observation(stand_in.how, reason)
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type it
+    """Notes where random numbers are drawn: the module that runs then."""
+
+    def __init__(self, running: list[Event]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.running, self.where = running, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.where and torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args, kwargs):
+            self.where = (self.running[-1].path if self.running else "") or "the model"
+        return func(*args, **kwargs)
+
+
+def _drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is an operation that draws for its dropout alone, and there is none."""
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dropout_p", "train"):
+            return not (args[number] if number < len(args) else kwargs.get(argument.name, argument.default_value))
+    return False
 
 
 class _Recorder:
@@ -196,10 +258,17 @@ class _Recorder:
         self.held: list[torch.Tensor] = []
         self.open: dict[str, list[int]] = {}
         self.running: list[Event] = []
+        self.effects: set[str] = set()
+        self.keeps = ""
+        self.memory: dict[Event, frozenset[int]] = {}
+        self.before: list[Any] = []
+        self.draws = _Draws(self.running)
         self.tensors: dict[Event, tuple[Standing, ...]] = {}
         self.made: dict[int, tuple[tuple[Event, int], Event | None]] = {}
         self.first: dict[int, int] = {}
         self.since: dict[Event, int] = {}
+        self.returned: dict[Any, tuple[Event, int]] = {}
+        self.handed: dict[tuple[Event, str], Event] = {}
         parts: list[tuple[str, Any]] = list(shadow.named_modules())
         parts += [(path, self.operations.operation(path)) for path in sorted(operations)]
         for path, part in parts:
@@ -207,7 +276,7 @@ class _Recorder:
             part.register_forward_hook(self._on_output(path))
 
     def _on_input(self, path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = self.calls[path]
             self.calls[path] += 1
             self.open.setdefault(path, []).append(call)
@@ -215,11 +284,18 @@ class _Recorder:
             event = Event(path, "input", call)
             self._record(event, first, (args, kwargs))
             self.running.append(event)
+            self.before.append((args, kwargs, _own(module), _given(args, kwargs)))
 
         return hook
 
     def _on_output(self, path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        def hook(module: nn.Module, _: tuple[Any, ...], output: object) -> None:
+            args, kwargs, own, given = self.before.pop()
+            if _own(module) != own:
+                self.keeps = self.keeps or path or "the model"
+                self.effects.add(path)
+            if _given(args, kwargs) != given:
+                self.effects.add(path)
             self._record(Event(path, "output", self.open[path].pop()), output, output)
             self.running.pop()
 
@@ -229,14 +305,34 @@ class _Recorder:
         self.events.append(event)
         self.kind[event] = _kind(value)
         self.shape[event] = _type(value) if isinstance(value, torch.Tensor) else None
+        self._note_handed(event, value)
         held = list(tensors_in(reachable))
         for tensor in held:
             self.first.setdefault(id(tensor), len(self.events) - 1)
         self.versions += [(event, tensor, tensor._version) for tensor in held]
+        self.memory[event] = frozenset(tensor.untyped_storage()._cdata for tensor in held if _has_storage(tensor))
         leading = value[0] if isinstance(value, (tuple, list)) and value else value
         if isinstance(leading, torch.Tensor):
             self.since[event] = self.first[id(leading)]
         self.tensors[event] = tuple(self._standing(event, value, reachable))
+
+    def _note_handed(self, event: Event, value: object) -> None:
+        """Notes which of the tensors are what a module returned: one storage in one shape, not written to since."""
+        named = {"": value}
+        if event.port == "output" and isinstance(value, Mapping):
+            named |= {name: part for name, part in value.items() if isinstance(name, str)}
+            if hasattr(value, "to_tuple"):  # an output of transformers, which has numbers too
+                named |= {str(number): part for number, part in enumerate(value.to_tuple())}
+        for name, tensor in named.items():
+            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                self.held.append(tensor)  # so that no other comes to have the address of its storage
+                key = storage._cdata, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+                made, version = self.returned.get(key, (None, 0))
+                if made is not None and version == tensor._version:
+                    self.handed[event, name] = made
+                elif event.port == "output" and not name:
+                    self.returned[key] = event, tensor._version
 
     def _standing(self, event: Event, value: object, reachable: object) -> Iterator[Standing]:
         around = self.running[-1] if self.running else None
@@ -260,9 +356,47 @@ class _Recorder:
             mutated,
             self.tensors,
             self.since,
+            self.handed,
             self.operations.refused or {},
             frozenset(self.operations.recomputed),
+            self.draws.where,
+            self.keeps,
+            frozenset(self.effects),
+            self.memory,
         )
+
+
+def _own(module: Any) -> Any:
+    """What a module keeps between its calls besides the contents of tensors, to be compared."""
+    if not isinstance(module, nn.Module):  # an operation inside of one
+        return None
+    held = {name: _contents(value) for name, value in vars(module).items() if not name.startswith("_")}
+    return held, {name: id(value) for name, value in module._buffers.items()}
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is in the containers and objects that a module is given."""
+    return [_contents(value) for value in (*args, *kwargs.values()) if not _is_cache(value)]
+
+
+def _contents(value: Any) -> Any:
+    """A value by its identity; a container or a plain object by what it holds, too."""
+    if isinstance(value, dict):
+        return id(value), {key: id(item) for key, item in value.items()}
+    if isinstance(value, (list, set)):
+        return id(value), list(map(id, value))
+    if isinstance(value, (nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__"):
+        return id(value)
+    return id(value), {name: id(item) for name, item in vars(value).items()}
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether it is a cache of keys and values, which the forwards that this matters to are told to go without."""
+    return any(kind.__module__ == "transformers.cache_utils" for kind in type(value).__mro__)
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided
 
 
 def _is_real(found: TensorType | None) -> bool:
@@ -298,4 +432,4 @@ def registered(module: nn.Module) -> Observation:
         events.append(Event(path, "output", 0))
 
     visit(module, "", set())
-    return Observation(tuple(events), {event.path: 1 for event in events}, "registered")
+    return Observation(tuple(events), {event.path: 1 for event in events}, "registered", draws="the model")

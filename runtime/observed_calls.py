@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any, NoReturn, final
 
 import torch
@@ -26,16 +27,19 @@ def observed(module: nn.Module, *args: Any, hook: bool, **kwargs: Any) -> tuple[
         if isinstance(value, torch.Tensor):
             versions.append(((path, port), value, value._version))
 
+    own = get_ident()
     handles = []
     for path, part in module.named_modules():
-
-        def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            keep(path, "inputs", (args, kwargs))
-            first = args[0] if args else next(iter(kwargs.values()), None)
-            keep(path, "input", first)
+        # Another thread may run the module, too, and without keywords: torch notes last that a hook takes them.
+        def before(_: nn.Module, args: Any, kwargs: Any = None, path: str = path) -> None:
+            if get_ident() == own:
+                keep(path, "inputs", (args, kwargs))
+                first = args[0] if args else next(iter(kwargs.values()), None)
+                keep(path, "input", first)
 
         def after(_: nn.Module, args: Any, output: Any, path: str = path) -> None:
-            keep(path, "output", output)
+            if get_ident() == own:
+                keep(path, "output", output)
 
         handles += [part.register_forward_pre_hook(before, with_kwargs=True), part.register_forward_hook(after)]
     try:

@@ -278,6 +278,8 @@ class _Function:
 def alike(root: nn.Module, paths: Collection[str]) -> frozenset[str]:
     """These operations, and the same ones of all modules of the same classes: what is found out about one layer is then
     known of all."""
+    if not paths:
+        return frozenset()
     kinds: dict[type[nn.Module], set[str]] = {}
     for path in paths:
         owner, _, inner = path.partition(":")

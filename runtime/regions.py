@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nnsight_compiler.ir.ops import Break, Closure, Continue, For, Op, Region, Steps, Try, While, Yield
+from nnsight_compiler.ir.jumps import jumps
+from nnsight_compiler.ir.ops import Break, Closure, Continue, For, Region, Steps, Try, While, Yield
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import defined, regions, used, walk
 from nnsight_compiler.ir.values import Value
@@ -20,31 +21,12 @@ def stem(name: str) -> str:
 
 def breaks(region: Region) -> bool:
     """Whether a `break` of the loop whose body this is stands in it."""
-    return any(isinstance(op, Break) for op, _ in _jumps(region, False))
+    return any(isinstance(op, Break) for op, _ in jumps(region, False))
 
 
 def continues_through_finally(region: Region) -> bool:
     """Whether a `finally` may still run in this round after the loop's `continue` handed over its values."""
-    return any(isinstance(op, Continue) and guarded for op, guarded in _jumps(region, False))
-
-
-def _jumps(region: Region, guarded: bool) -> Iterator[tuple[Op, bool]]:
-    """The jumps of the loop around a region, each with whether it leaves a `try` that has a `finally`."""
-    for op in region.ops:
-        match op:
-            case Break() | Continue():
-                yield op, guarded
-            case For(orelse=otherwise) | While(orelse=otherwise):
-                if otherwise is not None:
-                    yield from _jumps(otherwise, guarded)
-            case Try(finalizer=finalizer):
-                for inner in regions(op):
-                    yield from _jumps(inner, guarded or (finalizer is not None and inner is not finalizer))
-            case Closure():
-                pass
-            case _:
-                for inner in regions(op):
-                    yield from _jumps(inner, guarded)
+    return any(isinstance(op, Continue) and guarded for op, guarded in jumps(region, False))
 
 
 def assigned_again(program: Program) -> frozenset[str]:

@@ -28,6 +28,7 @@ from libcst.metadata import MetadataWrapper, PositionProvider
 from torch import nn
 
 from nnsight_compiler.ir.errors import ExperimentError
+from nnsight_compiler.ir.lines import lines_of
 from nnsight_compiler.runtime.replacing import _StandIn
 
 Operation = Callable[..., Any]
@@ -125,10 +126,10 @@ def _definition(function: FunctionType) -> _Definition:
 
 def _read(function: FunctionType) -> _Definition:
     code = function.__code__
-    try:
-        lines, first = inspect.getsourcelines(code)
-    except (OSError, TypeError):
-        raise NoSourceError(f"the source of `{function.__qualname__}` is not at hand") from None
+    first = code.co_firstlineno
+    lines = inspect.getblock(lines_of(code.co_filename)[first - 1 :])
+    if not lines:
+        raise NoSourceError(f"the source of `{function.__qualname__}` is not at hand")
     text = "".join(lines)
     indented = text[:1] in " \t"
     try:

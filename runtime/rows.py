@@ -205,11 +205,12 @@ class _Piece:
 class Divided:
     """The value at a site while the functions of the invokes run. `None` in the place of a share means all rows."""
 
-    __slots__ = ("axes", "pieces", "value")
+    __slots__ = ("_flat", "axes", "pieces", "value")
 
     def __init__(self, value: Any, axes: SiteAxes) -> None:
         self.value, self.axes = value, axes
         self.pieces: dict[Share, _Piece] = {}
+        self._flat: tuple[Any, list[tuple[Any, Any, int | None]]] | None = None
 
     # --- as site functions ask for it ---
 
@@ -244,6 +245,10 @@ class Divided:
         if after is not before:
             self._assign(share, after, where)
         return made
+
+    def replace(self, share: Share, new: Any, where: str) -> None:
+        """Has the rows of an invoke hold another value."""
+        self._assign(share, new, where)
 
     def whole(self) -> Any:
         """The value with all that the invokes assigned."""
@@ -283,24 +288,29 @@ class Divided:
         found = self.pieces.get(share)
         if found is None:
             served = [
-                self._served(each, axes, share) for each, axes in zip(self._tree(), self.axes.leaves, strict=True)
+                self._served(each, axes, share)
+                if dim is None or share.part.padding
+                else _Served(each.narrow(dim, share.part.start, share.part.rows))
+                for each, axes, dim in self._tree(share.sizes)
             ]
             leaves = [each.leaf for each in served]
             value = leaves[0] if self.axes.plain else pytree.tree_unflatten(leaves, self.axes.structure)
             found = self.pieces[share] = _Piece(value, served)
         return found
 
-    def _tree(self) -> list[Any]:
-        """The leaves of the whole value, which has the structure that was told."""
-        if self.axes.plain:
-            return [self.value]
-        leaves, structure = pytree.tree_flatten(self.value)
-        if structure != self.axes.structure:
-            raise RunError(
-                f"{self.axes.site} holds {described(self.value)} of another structure than the one that this was"
-                " compiled for, so that rows cannot be told apart in it"
-            )
-        return leaves
+    def _tree(self, sizes: Sizes) -> list[tuple[Any, Any, int | None]]:
+        """The leaves of the whole value, which has the structure that was told, each with its axes, and with the
+        dimension of its rows where nothing else is to be told."""
+        if self._flat is None or self._flat[0] is not self.value:
+            leaves, structure = ([self.value], None) if self.axes.plain else pytree.tree_flatten(self.value)
+            if structure is not None and structure != self.axes.structure:
+                raise RunError(
+                    f"{self.axes.site} holds {described(self.value)} of another structure than the one that this was"
+                    " compiled for, so that rows cannot be told apart in it"
+                )
+            pairs = zip(leaves, self.axes.leaves, strict=True)
+            self._flat = self.value, [(leaf, axes, _row_dimension(leaf, axes, sizes)) for leaf, axes in pairs]
+        return self._flat[1]
 
     def _leaves(self, value: Any) -> list[Any]:
         return [value] if self.axes.plain else pytree.tree_leaves(value)
@@ -365,6 +375,22 @@ class Divided:
 
 def _has_rows(axes: Any) -> bool:
     return isinstance(axes, TensorAxes) and any(extent.rows or extent.rows_tokens for extent in axes.shape)
+
+
+def _row_dimension(tensor: Any, axes: Any, sizes: Sizes) -> int | None:
+    """The dimension along which an invoke without padding has its rows, where that is all there is to tell."""
+    if not isinstance(tensor, torch.Tensor) or not isinstance(axes, TensorAxes) or tensor.dim() != len(axes.shape):
+        return None
+    found: int | None = None
+    for dim, (extent, size) in enumerate(zip(axes.shape, tensor.shape, strict=True)):
+        if extent == _ROWS and size == sizes.rows and tensor.stride(dim) and found is None:
+            found = dim
+        elif extent.axis is not None and not (extent == _TOKENS and size <= sizes.tokens):
+            return None
+    return found
+
+
+_ROWS, _TOKENS = Extent(rows=1), Extent(tokens=1)
 
 
 def _narrowed(tensor: torch.Tensor, axes: TensorAxes, share: Share) -> _Served:

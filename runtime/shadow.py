@@ -21,14 +21,33 @@ from typing import Literal as OneOf
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
 """Where torch keeps the hooks of a module."""
+
+_TENSORS = frozenset({torch.Tensor, nn.Parameter, FakeTensor})
+"""The classes of tensors that fakes may be mixed with."""
+
+_ATEN = torch.ops.aten
+_SHAPES_ALONE = frozenset({
+    _ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor,
+    _ATEN.div.Tensor, _ATEN.mul.Scalar, _ATEN.pow.Tensor_Scalar, _ATEN.neg.default, _ATEN.rsqrt.default,
+    _ATEN.cos.default, _ATEN.sin.default, _ATEN.tanh.default, _ATEN.sigmoid.default, _ATEN.relu.default,
+    _ATEN.gelu.default, _ATEN.silu.default, _ATEN._softmax.default, _ATEN.native_layer_norm.default,
+    _ATEN.mean.dim, _ATEN.where.self, _ATEN.masked_fill.Scalar, _ATEN.cat.default, _ATEN.clone.default,
+    _ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default, _ATEN.view.default, _ATEN._unsafe_view.default,
+    _ATEN._reshape_alias.default, _ATEN.as_strided.default, _ATEN.expand.default, _ATEN.unsqueeze.default,
+    _ATEN.squeeze.dim, _ATEN.slice.Tensor, _ATEN.select.int, _ATEN.split.Tensor, _ATEN.detach.default,
+    _ATEN.alias.default,
+})  # fmt: skip
+"""The operations that models consist of. What they give for fakes is what torch's kernels for shapes give: where all
+tensors are fakes on one device, nothing else is to be seen to, and the way through `FakeTensorMode` is far longer."""
 
 
 class Fakes:
@@ -108,11 +127,34 @@ class _NewFloatsAreFake(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _SHAPES_ALONE and self._are_fakes_on_one_device(args):
+            return self._shaped(func, args, kwargs)
         if func._schema.is_mutable:
             self._refuse_mixing(func, args, kwargs)
+        if FakeTensor in types and func is not torch.ops.prim.device.default and _TENSORS.issuperset(types):
+            return self.fakes.mode.dispatch(func, types, args, kwargs)  # what `func` comes to, by a longer way
         made = func(*args, **kwargs)
         new = isinstance(made, torch.Tensor) and next(tensors_in((args, kwargs)), None) is None
         return self.fakes(made) if new and (made.is_floating_point() or made.is_complex()) else made
+
+    def _are_fakes_on_one_device(self, args: tuple[Any, ...]) -> bool:
+        found = list(tensors_in(args))
+        return bool(found) and all(
+            type(tensor) is FakeTensor
+            and tensor.fake_mode is self.fakes.mode
+            and tensor.fake_device == self.fakes.device
+            and tensor.constant is None
+            for tensor in found
+        )
+
+    def _shaped(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the kernel for shapes gives."""
+        mode, device = self.fakes.mode, self.fakes.device
+        with in_kernel_invocation_manager(mode):
+            made = func(*args, **kwargs)
+        if isinstance(made, torch.Tensor):
+            return FakeTensor(mode, made, device)
+        return type(made)(FakeTensor(mode, each, device) for each in made)
 
     @staticmethod
     def _refuse_mixing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -134,6 +176,13 @@ class _Quiet(logging.Filter):
         return record.thread != threading.get_ident()
 
 
+def as_inputs(inputs: Any, stand_in: Fakes | Reals) -> Any:
+    """What a shadow is given: the model may change it, so that what is no tensor is a copy."""
+    return pytree.tree_map(
+        lambda leaf: stand_in.as_input(leaf) if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf), inputs
+    )
+
+
 def shadowed(module: nn.Module, stand_in: Fakes | Reals, without: Set[nn.Module] = frozenset()) -> nn.Module:
     """A shadow with stand-ins for all tensors that the modules hold, and `without` some of the modules."""
     memo: dict[int, Any] = {}
@@ -147,7 +196,7 @@ def shadow_of(module: nn.Module, memo: dict[int, Any], fake: bool, without: Set[
     """A deep copy whose tensors come from `memo`, without the user's hooks, and `without` some of the modules."""
     holders: list[tuple[nn.Module, dict[str, Any]]] = []
     for part in module.modules():
-        for name in _HOOKS:
+        for name in HOOKS:
             if name in vars(part):
                 memo[id(vars(part)[name])] = OrderedDict()
         hook = vars(part).get("_hf_hook")

@@ -11,6 +11,7 @@ import torch
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.passes.assignments import described
 from nnsight_compiler.runtime.observe import Event, Kind, Observation
+from nnsight_compiler.runtime.runs import RECORDER
 
 
 @final
@@ -30,23 +31,26 @@ class Left:
     kind: what it returns; `None` where nothing was observed.
     given, dtype: the dtypes of its first argument and of what it returns, where these are tensors.
     inner: how often each module runs inside of it.
+    path: of the module.
     """
 
     kind: Kind | None
     given: torch.dtype | None
     dtype: torch.dtype | None
     inner: Mapping[str, int]
+    path: str
 
     @classmethod
     def of(cls, seen: Observation, path: str, call: int) -> Left:
         """What was seen of a call."""
         before, after = seen.shape.get(Event(path, "input", call)), seen.shape.get(Event(path, "output", call))
         given, dtype = (None if each is None else getattr(torch, each.dtype or "", None) for each in (before, after))
-        return cls(seen.kind.get(Event(path, "output", call)), given, dtype, seen.within(path, call))
+        return cls(seen.kind.get(Event(path, "output", call)), given, dtype, seen.within(path, call), path)
 
     def output(self, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> Any:
         """The value as the module's output. A tensor goes to the device of the module's first tensor, and has the dtype
-        that the module returns where its argument has the one that it had.
+        that the module returns where its argument has the one that it had. The record of the run says that it did not
+        run.
 
         Raises:
             RunError: the model could not go on with it.
@@ -58,6 +62,7 @@ class Left:
                 f"{where}: the module returns a {self.kind}, but {described(value)} is given in its place\n"
                 f"  way out: give a whole {self.kind}, with all that the module returns"
             )
+        RECORDER.skip(self.path)
         first = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
         if not isinstance(value, torch.Tensor) or first is None:
             return value

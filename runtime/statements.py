@@ -50,9 +50,11 @@ from nnsight_compiler.ir.ops import (
     Item,
     Load,
     Operator,
+    Prefix,
     Raise,
     Read,
     Record,
+    Release,
     Require,
     Return,
     Save,
@@ -66,6 +68,8 @@ from nnsight_compiler.ir.ops import (
     Steps,
     Stop,
     Store,
+    Strand,
+    Strands,
     Track,
     Try,
     Unpack,
@@ -158,7 +162,8 @@ class Statements(Control):
             case Save(result=result, value=value, copy=False):
                 return [ast.Assign(targets=[self.target(result)], value=self.operand(value, span))]
             case (
-                Forward() | Session() | Invoke() | Steps() | FromEnd() | Read() | Write() | Skip() | Save() | Stop()
+                Forward() | Prefix() | Release() | Strands() | Strand() | Session() | Invoke() | Steps() | FromEnd()
+                | Read() | Write() | Skip() | Save() | Stop()
                 | Backward() | Grad() | SetGrad() | At() | Cache() | Record() | Gradients() | Require() | Track()
                 | AtGradient() | Edit() | Applied() | Captured()
             ):  # fmt: skip

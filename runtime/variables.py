@@ -32,6 +32,7 @@ from nnsight_compiler.ir.ops import (
     Region,
     Return,
     Steps,
+    Strand,
     Try,
     While,
     With,
@@ -42,7 +43,7 @@ from nnsight_compiler.ir.traverse import defined, regions, used, walk
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.runtime.regions import captured, continues_through_finally, stem
 
-MODEL_REGIONS = (Forward, Invoke, Steps, At, Backward, AtGradient)
+MODEL_REGIONS = (Forward, Strand, Invoke, Steps, At, Backward, AtGradient)
 Live = frozenset[str]
 NONE: Live = frozenset()
 
@@ -60,7 +61,7 @@ def shared_variables(program: Program) -> list[list[str]]:
             apart.add(op.result.name)
         elif isinstance(op, Try):
             apart.update(value.name for handler in op.handlers for value in handler.body.parameters)
-        elif isinstance(op, MODEL_REGIONS):
+        elif isinstance(op, MODEL_REGIONS) or (isinstance(op, For) and op.together):  # a function of its own
             apart.update(value.name for value in (*defined(op), *_mentioned(op.body)))
     return [group for parameters, body in functions for group in _Function(parameters, body, apart).groups()]
 

@@ -255,9 +255,25 @@ class Cursor:
 
     # --- parts of ops ---
 
+    def base(self) -> tuple[Operand | None, Operand | None]:
+        """` from %base replaying ('transformer.h.0',)`, or nothing."""
+        if not self.accept("from"):
+            return None, None
+        base = self.operand()
+        self.expect("replaying")
+        return base, self.operand()
+
     def call_number(self) -> int | None:
         """` call 2`, or nothing."""
         return self.integer() if self.accept("call") else None
+
+    def stops(self) -> tuple[tuple[Operand, str, int | None] | None, tuple[Value, ...]]:
+        """` stops after %model@h.3 output`: the module, the port and the call of the site, or nothing; and the
+        parameters of a forward's body."""
+        if not self.accept("stops"):
+            return None, ()
+        self.expect("after")
+        return (self.operand(), self.word(), self.call_number()), ()
 
     def arguments(self) -> tuple[Argument, ...]:
         """`(%a, k=%b, *%c, **%d)`."""
@@ -374,8 +390,10 @@ def _template_tokens(text: str) -> tuple[str, ...]:
 
 
 _HOLES: dict[str, Callable[[Cursor], Any]] = {
+    "after": lambda cursor: cursor.integer() if cursor.accept("after") else 0,
     "arguments": Cursor.arguments,
     "as": lambda cursor: cursor.text() if cursor.accept("as") else None,
+    "base": Cursor.base,
     "bounds": Cursor.bounds,
     "call": Cursor.call_number,
     "carry": Cursor.carry,
@@ -396,6 +414,7 @@ _HOLES: dict[str, Callable[[Cursor], Any]] = {
     "parts": lambda cursor: cursor.listed(cursor.part, ":"),
     "rows": lambda cursor: cursor.operand() if cursor.accept("of") else None,
     "step": lambda cursor: cursor.operand() if cursor.accept("step") else None,
+    "stops": Cursor.stops,
     "relative": Cursor.relative,
     "signature": Cursor.signature,
     "sparing": lambda cursor: cursor.listed(cursor.operand, ":") if cursor.accept("sparing") else (),

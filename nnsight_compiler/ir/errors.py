@@ -70,6 +70,10 @@ class RunError(ExperimentError):
     """A run that did not go as the plan says: a read or write that did not fire, a write that does not fit its site."""
 
 
+class LimitError(RunError):
+    """A run that would have run the model more often than it may."""
+
+
 class IRError(ExperimentError):
     """IR that is not well formed: text that does not parse, a damaged file, a program that fails the verifier."""
 

@@ -141,7 +141,16 @@ class _Parser:
             fields[name] = self.block(kind, label, name, fields.get(name, ()), line.indentation, depth)
         if kind is ops.At and not isinstance(fields["module"], Module):
             raise self.error(line, "expected a module, such as `%model@transformer.h.3`")
+        if kind is ops.Forward:
+            fields["stops"] = self.stops(line, fields["stops"], fields["body"])
         return kind(span=span, **fields)
+
+    def stops(self, line: Line, site: tuple[Operand, str, int | None] | None, body: Region) -> bool:
+        """Whether a forward stops after the last site of its body, which must be the one that its line names."""
+        last = body.ops[-1] if body.ops else None
+        if site is not None and not (isinstance(last, ops.At) and site == (last.module, last.port, last.call)):
+            raise self.error(line, "the forward does not stop after its last site")
+        return site is not None
 
     def stage(self, line: Line, depth: int) -> Program:
         """The program of a `stage`, which follows its line, indented by two more."""

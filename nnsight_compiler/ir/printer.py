@@ -258,6 +258,17 @@ def _carry(body: Region, initial: tuple[Operand, ...], skipped: int = 0) -> str:
     return f" carry {_joined(texts)}" if texts else ""
 
 
+def _stops(stops: bool, body: Region) -> str:
+    """Where a forward ends that does not run to its end."""
+    if not stops:
+        return ""
+    last = body.ops[-1] if body.ops else None
+    if not isinstance(last, ops.At):  # the verifier refuses it, and shows it
+        return " stops"
+    call = "" if last.call is None else f" call {last.call}"
+    return f" stops after {print_operand(last.module)} {last.port}{call}"
+
+
 def _item(body: Region) -> str:
     return _joined(map(_definition, body.parameters[:1]))
 
@@ -265,8 +276,12 @@ def _item(body: Region) -> str:
 _joined = ", ".join
 
 _HOLES: dict[str, Callable[..., str]] = {
+    "after": lambda after: f" after {after}" if after else "",
     "arguments": lambda arguments: f"({_joined(map(_argument, arguments))})",
     "as": lambda target: "" if target is None else f" as {spell_text(target)}",
+    "base": lambda base, replays: (
+        "" if base is None else f" from {print_operand(base)} replaying {print_operand(replays)}"
+    ),
     "bounds": lambda start, stop: _bounds(Slice(start, stop)),
     "call": lambda call: "" if call is None else f" call {call}",
     "carry": _carry,
@@ -289,6 +304,7 @@ _HOLES: dict[str, Callable[..., str]] = {
     "parts": lambda parts: f" {_joined(map(_part, parts))}".rstrip(),
     "rows": lambda rows: "" if rows is None else f" of {print_operand(rows)}",
     "step": lambda step: "" if step is None else f" step {print_operand(step)}",
+    "stops": _stops,
     "relative": lambda level, module: "." * level + (spell_text(module) if module else ""),
     "signature": _signature,
     "sparing": lambda models: f" sparing {_joined(map(print_operand, models))}" if models else "",

@@ -12,11 +12,12 @@ import base64
 import binascii
 import math
 from dataclasses import fields
+from functools import cache
 from typing import Any, NoReturn, cast, get_args, get_origin
 from typing import Literal as OneOf
 
 from nnsight_compiler.ir.errors import IRError
-from nnsight_compiler.ir.ops import ALL_OPS, Op, Region
+from nnsight_compiler.ir.ops import ALL_OPS, Op, Parameter, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.schema import alternatives, schema
 from nnsight_compiler.ir.span import Span
@@ -37,6 +38,9 @@ _CONSTANTS: dict[str, Operand] = {
     "unbound": UNBOUND,
 }
 _CONSTANT_NAMES = {constant: name for name, constant in _CONSTANTS.items()}
+_MAX_BITS = 14_000
+"""Of an integer: Python shows none of more than 4,300 decimal digits, which are 14,284 bits."""
+_MAX_LENGTH = len("-0x") + _MAX_BITS // 4
 _EXACT = 2**53
 """Integers up to here are the same in every reader of JSON; larger ones are written as text."""
 
@@ -70,6 +74,13 @@ def literal_from_json(key: str, held: object, where: str) -> Literal:
     return Literal(_Reader().literal(key, held, where))
 
 
+@cache
+def _names(kind: type) -> tuple[tuple[str, bool], ...]:
+    """The fields of a kind of record, and whether each defines values."""
+    names = [item.name for item in fields(kind)]
+    return tuple((name, name in ("result", "results") or (name == "value" and kind is Parameter)) for name in names)
+
+
 class _Writer:
     def __init__(self) -> None:
         self.files: dict[str, int] = {}
@@ -77,15 +88,15 @@ class _Writer:
     def fields(self, held: Any) -> dict[str, Any]:
         """The fields of a record, and its span."""
         written: dict[str, Any] = {}
-        for item in fields(held):
-            field = getattr(held, item.name)
+        for name, defines in _names(type(held)):  # type: ignore[arg-type]  # classes can be hashed
+            field = getattr(held, name)
             if isinstance(field, Span):
                 file = self.files.setdefault(field.file, len(self.files))
                 written["span"] = [file, field.line, field.column, field.end_line, field.end_column]
-            elif item.name in ("result", "results") or (item.name == "value" and type(held).__name__ == "Parameter"):
-                written[item.name] = self.definitions(field)
+            elif defines:
+                written[name] = self.definitions(field)
             else:
-                written[item.name] = self.any(field)
+                written[name] = self.any(field)
         return written
 
     def definitions(self, held: Value | tuple[Value, ...]) -> Any:
@@ -129,6 +140,8 @@ def literal_to_json(literal: Literal | Unbound) -> dict[str, Any]:
     assert isinstance(literal, Literal)
     match literal.value:
         case int(value):
+            if value.bit_length() > _MAX_BITS:
+                raise IRError(f"an integer of {value.bit_length()} bits is too large: at most {_MAX_BITS} are written")
             return {"int": value if abs(value) <= _EXACT else hex(value)}
         case float(value):
             return {"float": _write_float(value)}
@@ -322,7 +335,9 @@ class _Reader:
             match key, held:
                 case "int", int() if type(held) is int:
                     return held
-                case "int", str() if held.startswith(("0x", "-0x")) and "_" not in held:
+                case "int", str() if (
+                    held.startswith(("0x", "-0x")) and "_" not in held and len(held) <= _MAX_BITS // 4 + 3
+                ):
                     return int(held, 16)
                 case "float", float() | int() | str():
                     return self.float(held, path)

@@ -12,18 +12,21 @@ from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, U
 AnOp = TypeVar("AnOp", bound=Op)
 
 
-_Roles = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
-_KNOWN_ROLES: dict[type[Op], _Roles] = {}
+_FieldRoles = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
-def _roles(kind: type[Op]) -> _Roles:
-    """Names of the fields that hold results, operands and regions."""
-    if kind not in _KNOWN_ROLES:
-        _KNOWN_ROLES[kind] = _find_roles(kind)
-    return _KNOWN_ROLES[kind]
+class _Roles(dict[type[Op], "_FieldRoles"]):
+    """Names of the fields that hold results, operands and regions, by the kind of op."""
+
+    def __missing__(self, kind: type[Op]) -> _FieldRoles:
+        found = self[kind] = _find_roles(kind)
+        return found
 
 
-def _find_roles(kind: type[Op]) -> _Roles:
+_ROLES = _Roles()
+
+
+def _find_roles(kind: type[Op]) -> _FieldRoles:
     results, operand, region = [], [], []
     for item in fields(kind):
         annotation = str(item.type)
@@ -41,7 +44,7 @@ def _find_roles(kind: type[Op]) -> _Roles:
 def defined(op: Op) -> tuple[Value, ...]:
     """The values that the op itself defines (not those inside its regions)."""
     found: list[Value] = []
-    for name in _roles(type(op))[0]:
+    for name in _ROLES[type(op)][0]:
         held = getattr(op, name)
         found.extend(held if isinstance(held, tuple) else (held,))
     return tuple(found)
@@ -49,7 +52,7 @@ def defined(op: Op) -> tuple[Value, ...]:
 
 def operands(op: Op) -> Iterator[Operand]:
     """The op's operands, in the order in which Python evaluates them; regions not included."""
-    for name in _roles(type(op))[1]:
+    for name in _ROLES[type(op)][1]:
         yield from _operands_in(getattr(op, name))
 
 
@@ -80,7 +83,7 @@ def used(op: Op) -> Iterator[Value]:
 
 def regions(op: Op) -> Iterator[Region]:
     """The op's regions, in source order."""
-    for name in _roles(type(op))[2]:
+    for name in _ROLES[type(op)][2]:
         held = getattr(op, name)
         for part in held if isinstance(held, tuple) else (held,):
             match part:
@@ -96,8 +99,9 @@ def walk(region: Region) -> Iterator[Op]:
     """Every op in a region and in the regions inside it, outer before inner, in source order."""
     for op in region.ops:
         yield op
-        for inner in regions(op):
-            yield from walk(inner)
+        if _ROLES[type(op)][2]:
+            for inner in regions(op):
+                yield from walk(inner)
 
 
 def definitions(region: Region) -> Iterator[Value]:
@@ -122,7 +126,7 @@ def rewrite(
     The op itself is returned where nothing changed.
     """
     changes: dict[str, Any] = {}
-    result_names, operand_names, region_names = _roles(type(op))
+    result_names, operand_names, region_names = _ROLES[type(op)]
     if result is not None:
         for name in result_names:
             held = getattr(op, name)

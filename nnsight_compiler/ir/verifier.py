@@ -17,7 +17,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.schema import conforms, schema
 from nnsight_compiler.ir.syntax import ARITHMETIC, BINARY, UNARY
 from nnsight_compiler.ir.tokens import MAX_NESTING
-from nnsight_compiler.ir.traverse import defined, operands, used
+from nnsight_compiler.ir.traverse import defined, operands, regions, used
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
 
 _LITERALS = frozenset({type(None), bool, int, float, complex, str, bytes, type(...)})
@@ -36,7 +36,7 @@ class _Place:
 
     loop: how many values the nearest loop carries. yields: how many values a `yield` hands over here. Both `None` where
     there is none. forward, backward: whether ops of a forward, or of a backward pass, may stand here. closure: whether
-    a closure is around.
+    a closure is around. strands: whether this is the region of a `strands`.
     """
 
     loop: int | None = None
@@ -45,6 +45,7 @@ class _Place:
     backward: bool = False
     closure: bool = False
     generator: bool = False
+    strands: bool = False
     depth: int = 1
 
 
@@ -207,7 +208,8 @@ class _Verifier:
             case ops.Closure(parameters=parameters, defaults=defaults, body=body, generator=generator):
                 self.closure(op, parameters, len(defaults))
                 # Where a closure is called is not known here, and so whether a forward is around it then.
-                self.region(op, body, _Place(None, None, True, True, True, generator, place.depth), 0, 0, parameters)
+                anywhere = _Place(None, None, True, True, True, generator, depth=place.depth)
+                self.region(op, body, anywhere, 0, 0, parameters)
             case ops.Stage(program=program):
                 if program.kind != "stage":
                     self.fail(op, f"it holds a program of the kind `{program.kind}`")
@@ -251,9 +253,21 @@ class _Verifier:
             case ops.Raise(exception=exception, cause=cause):
                 if exception is None and cause is not None:
                     self.fail(op, "a cause without an exception")
-            case ops.Forward(arguments=arguments, body=body):
+            case ops.Forward(arguments=arguments, body=body, stops=stops):
                 self.arguments(op, arguments)
+                if stops and (op.method == "generate" or ops.last_site(op) is None):
+                    self.fail(op, "a forward stops after a site, and a generation does not")
                 self.region(op, body, replace(inside, forward=True), 0)
+            case ops.Strands(body=body):
+                if not all(isinstance(each, ops.Strand) for each in body.ops):
+                    self.fail(op, "its region holds strands, and nothing else")
+                self.region(op, body, replace(inside, strands=True), 0)
+            case ops.Strand(after=after, body=body):
+                if not place.strands or after < 0:
+                    self.fail(op, "a strand stands in a `strands`, and waits a number of times")
+                if _returns(body):
+                    self.fail(op, "a strand does not leave the program")
+                self.region(op, body, replace(inside, loop=None, strands=False), 0)
             case ops.Session(arguments=arguments, body=body):
                 self.arguments(op, arguments)
                 self.region(op, body, inside, 0)
@@ -283,8 +297,10 @@ class _Verifier:
                     self.fail(op, "an edit gives a tracer and a model")
                 self.arguments(op, arguments)
                 self.region(op, body, _Place(forward=True, closure=True, depth=place.depth), 0)
-            case ops.Captured():
+            case ops.Captured() | ops.Release():
                 pass
+            case ops.Prefix(arguments=arguments):
+                self.arguments(op, arguments)
             case ops.At(body=body) | ops.Applied(body=body):
                 self.within(op, place.forward, "forward")
                 self.region(op, body, inside, 0)
@@ -355,6 +371,14 @@ def _fits(element: Element, kind: str) -> bool:
     return element.key is None
 
 
+def _returns(region: Region) -> bool:
+    """Whether anything in a region leaves the program or the closure that it stands in."""
+    return any(
+        isinstance(op, ops.Return) or any(map(_returns, () if isinstance(op, (ops.Closure, ops.Edit)) else regions(op)))
+        for op in region.ops
+    )
+
+
 def _jumps(region: Region) -> bool:
     """Whether control never reaches the end of the region, because every path leaves by other ways than `yield`."""
     if not region.ops:
@@ -370,6 +394,8 @@ def _jumps(region: Region) -> bool:
             return through and all(_jumps(handler.body) for handler in handlers)
         case (
             ops.Forward(body=body)
+            | ops.Strands(body=body)
+            | ops.Strand(body=body)
             | ops.Session(body=body)
             | ops.Invoke(body=body)
             | ops.Steps(body=body)
