@@ -6,8 +6,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PEER := benchmarks/.venv-nnsight
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PEERS := nnsight transformer_lens pyvene
+# Python compiles what it imports when it is first imported: to compile all of torch beforehand takes a minute.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: help demo test check bench clean
 .DELETE_ON_ERROR:
@@ -19,18 +20,18 @@ demo: .venv/installed-demo
 	@$(BIN)/nnsightc demo
 
 test: .venv/installed-test
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed-check
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: .venv/installed-test $(PEER)/installed
-	@$(BIN)/python benchmarks/run.py --peer $(PEER)/bin/python
+bench: .venv/installed-test $(PEERS:%=benchmarks/.venv-%/installed)
+	@$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv $(PEER) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(PEERS:%=benchmarks/.venv-%) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -61,11 +62,17 @@ clean:
 	@$(INSTALL) --editable '.[check]'
 	@touch $@
 
-# nnsight has its own environment: it need not agree with ours on any version. Where it cannot be installed, the
-# benchmarks say so and go on without it.
-$(PEER)/installed:
-	@echo "installing nnsight 0.8.1 for comparison"
-	@$(PYTHON) -m venv $(PEER)
-	@$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 nnsight==0.8.1 \
-		|| { echo "nnsight 0.8.1 cannot be installed here: its figures are left out"; rm -rf $(PEER)/bin; }
+# Each peer has an environment of its own: it need not agree with ours, or with another, on any version. One that cannot
+# be installed is left out of the benchmarks, which say so. torch comes first, as above.
+benchmarks/.venv-%/installed: constraints.txt
+	@echo "installing $(PACKAGE_$*) for comparison"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 \
+		&& $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+			torch==2.13.0 transformers==5.23.0 $(PACKAGE_$*) \
+		|| { echo "$(PACKAGE_$*) cannot be installed here: its figures are left out"; rm -rf $(@D)/bin; }
 	@touch $@
+
+PACKAGE_nnsight := nnsight==0.8.1
+PACKAGE_transformer_lens := transformer-lens==3.9.0
+PACKAGE_pyvene := pyvene==0.1.8

@@ -14,18 +14,22 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
-from typing import Any, NoReturn, final
+from typing import TYPE_CHECKING, Any, NoReturn, final
 
 from nnsight_compiler.cache import Cache
 from nnsight_compiler.compilation import Compiled
 from nnsight_compiler.frontend import Block, lower_block
 from nnsight_compiler.frontend.cells import cell_name
 from nnsight_compiler.ir.errors import ExperimentError
+from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.runtime.refusing import Refusing
 from nnsight_compiler.runtime.sites import holds_tensor
 from nnsight_compiler.runtime.support import UNBOUND
 from nnsight_compiler.tracebacks import trimmed
+
+if TYPE_CHECKING:
+    from nnsight_compiler.remote.routing import Route
 
 
 class _Skip(BaseException):
@@ -150,7 +154,10 @@ def _leave(frame: FrameType, event: str, argument: Any) -> Any:
 class Trace(Skipped):
     """What `model.trace(…)` returns. It runs when a `with` enters it; alone it does nothing."""
 
-    def __init__(self, model: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], route: Route | None = None
+    ) -> None:
+        self._route = route
         self._model, self._method, self._args, self._kwargs = model, method, args, kwargs
         plain = "call the model" if method == "trace" else "save `tracer.result`"
         super().__init__(
@@ -158,21 +165,35 @@ class Trace(Skipped):
             f"runs nothing\n  way out: write `with model.{method}(…):` and the body below it; for a plain run, {plain}",
         )
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> Any:
         frame = sys._getframe(1)
         key = self._enter("a trace runs once: write `model.trace(…)`", frame)
         try:
             site = _sites.get(key) or _enter(key, frame)
             values = self._arguments(site, frame)
+            if self._route is not None:
+                return self._elsewhere(self._route, site, values, frame)
             compiled = site.cache.get(values)
             results = compiled.plan.run(*values)
         except Exception as error:
             _forget_cell(key)
             error.__traceback__ = trimmed(error)
             raise
-        exported = _exported(site.block, compiled, results)
-        self._skip(frame, exported, self)
+        self._skip(frame, exported(site.block.program, compiled, results), self)
         return self
+
+    def _elsewhere(self, route: Route, site: _Site, values: tuple[Any, ...], frame: FrameType) -> Any:
+        """Runs the block elsewhere. Where it is not waited for, what `as` names is the handle of its job."""
+        from nnsight_compiler.remote.routing import Call, run  # it is built on this module
+
+        names = [parameter.value.name for parameter in site.block.program.parameters]
+        given = {name: value for name, value in zip(names, values, strict=True) if value is not UNBOUND}
+        result = run(route, Call(site.block.program, site.cache.globals, {}, given))
+        if route.blocking:
+            self._skip(frame, result, self)
+            return self
+        self._skip(frame, {}, result)
+        return result
 
     def _arguments(self, site: _Site, frame: FrameType) -> tuple[Any, ...]:
         """The values of the block's parameters: the trace's own, then what the block reads from the frame."""
@@ -203,17 +224,17 @@ def _cells(frame: FrameType) -> dict[str, Any]:
     return {}
 
 
-def _exported(block: Block, compiled: Compiled, results: Any) -> dict[str, Any]:
+def exported(program: Program, compiled: Compiled, results: Any) -> dict[str, Any]:
     """What goes back into the frame: names to values. Values that were not saved are stood in for."""
-    exported: dict[str, Any] = {}
-    for name, value in zip(block.program.exports, results or (), strict=False):
+    found: dict[str, Any] = {}
+    for name, value in zip(program.exports, results or (), strict=False):
         if name in compiled.unsaved:
-            exported[name] = Unsaved(name, compiled.unsaved[name])
+            found[name] = Unsaved(name, compiled.unsaved[name])
         elif name in compiled.unsure and holds_tensor(value):
-            exported[name] = Unsaved(name, compiled.unsure[name])
+            found[name] = Unsaved(name, compiled.unsure[name])
         else:
-            exported[name] = value
-    return exported
+            found[name] = value
+    return found
 
 
 def _write(frame: FrameType, values: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from nnsight_compiler.compilation import Compiled, compile_program
 from nnsight_compiler.ir.errors import CompileError
 from nnsight_compiler.ir.program import Program
+from nnsight_compiler.options import DEFAULT, Options
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.runtime.support import UNBOUND
 
@@ -35,8 +36,15 @@ class _Table:
 class Cache:
     """What a program was compiled to, by what was guarded on. A lookup evaluates the guards and nothing else."""
 
-    def __init__(self, program: Program, globals_: dict[str, Any], closure: Mapping[str, CellType]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        globals_: dict[str, Any],
+        closure: Mapping[str, CellType],
+        options: Options = DEFAULT,
+    ) -> None:
         self.program = program
+        self.options = options
         self.globals = globals_
         self.closure = closure
         self.names = [parameter.value.name for parameter in program.parameters]
@@ -87,7 +95,9 @@ class Cache:
             self.misses += 1
             try:
                 given = self.given(values)
-                made = compile_program(self.program, given, self.globals, self.closure, stage)
+                made = compile_program(
+                    self.program, given, self.globals, self.closure, self.stage, options=self.options
+                )
             except CompileError as error:
                 raise error.with_traceback(None) from None  # it says where; the compiler's own frames say nothing more
             texts = tuple(guard.key_text for guard in made.guards)
@@ -112,8 +122,7 @@ class Cache:
         key: Callable[..., Any] = made(*objects.values())
         return key
 
-
-def stage(program: Program, globals_: Mapping[str, Any], closure: Mapping[str, CellType]) -> Cache:
-    """What runs the program of a stage."""
-    assert isinstance(globals_, dict), "the globals of a function are a dict"
-    return Cache(program, globals_, closure)
+    def stage(self, program: Program, globals_: Mapping[str, Any], closure: Mapping[str, CellType]) -> Cache:
+        """What runs the program of a stage."""
+        assert isinstance(globals_, dict), "the globals of a function are a dict"
+        return Cache(program, globals_, closure, self.options)

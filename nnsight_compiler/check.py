@@ -18,13 +18,14 @@ from typing import Any, TypeVar, final
 import torch
 from torch import nn
 
-from nnsight_compiler.compilation import lower_program, observed
+from nnsight_compiler.compilation import lower_program
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.models import LanguageModel, NNsight
 from nnsight_compiler.models.language import weights_withheld
+from nnsight_compiler.observations import observed
 from nnsight_compiler.passes.check_names import bound_names, check_names
 from nnsight_compiler.passes.check_unused_values import UnusedValueWarning
 from nnsight_compiler.passes.interpretation import Subject

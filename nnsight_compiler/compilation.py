@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import CellType, CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, Protocol, cast, final
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, final
 
-import torch
-
+from nnsight_compiler.answers import Answers, example_of
 from nnsight_compiler.frontend import lower_function
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, joined
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.ir.values import Value
+from nnsight_compiler.models.batches import concatenated
 from nnsight_compiler.models.residual import stream_of
+from nnsight_compiler.observations import measured, observed
+from nnsight_compiler.options import DEFAULT, Options
 from nnsight_compiler.passes.check_padding import check_padding
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
@@ -26,31 +25,45 @@ from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_co
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
 from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.fill_caches import fill_caches
+from nnsight_compiler.passes.fuse_calls import fuse_calls
+from nnsight_compiler.passes.hoist_forwards import hoist_forwards
 from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
+from nnsight_compiler.passes.merge_forwards import merge_forwards
+from nnsight_compiler.passes.merge_straight_forwards import merge_straight_forwards
+from nnsight_compiler.passes.narrow import narrow
+from nnsight_compiler.passes.narrow_saves import narrow_saves
+from nnsight_compiler.passes.parts import Positionwise
 from nnsight_compiler.passes.pauses import pausing
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.record_gradients import record_gradients
+from nnsight_compiler.passes.remarks import Remark, Remarks
 from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.rows import check_rows
-from nnsight_compiler.passes.shapes import Extent, Surroundings
-from nnsight_compiler.passes.sites import check_sites, forwards, operations
+from nnsight_compiler.passes.shapes import Surroundings
+from nnsight_compiler.passes.share_prefixes import share_prefixes
+from nnsight_compiler.passes.sites import check_sites, forwards
 from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Specialised, specialise
+from nnsight_compiler.passes.stop_early import stop_early
 from nnsight_compiler.passes.streams import Stream
+from nnsight_compiler.passes.unite_forwards import unite_forwards
+from nnsight_compiler.positions_apart import conditions_of
 from nnsight_compiler.runtime.functions import generate_function
-from nnsight_compiler.runtime.observe import Observation, observe, registered
-from nnsight_compiler.runtime.operations import alike
-from nnsight_compiler.runtime.plans import Axes, Plan, plan
+from nnsight_compiler.runtime.observe import Observation, registered
+from nnsight_compiler.runtime.placed_statements import Axes
+from nnsight_compiler.runtime.plans import Plan, plan
 from nnsight_compiler.runtime.rows import SiteAxes
 from nnsight_compiler.runtime.support import UNBOUND
-from nnsight_compiler.shapes import Inputs, extent_of, found_axes, site_axes, why_not_apart, why_undivided
+from nnsight_compiler.shapes import Inputs, found_axes, site_axes, why_not_apart
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Checker
 
-PASSES = (
+_T = TypeVar("_T")
+
+PASSES: tuple[str, ...] = (
     "specialise",
     "fill_caches",
     "infer",
@@ -59,10 +72,18 @@ PASSES = (
     "check_unused_values",
     "repeat_writes",
     "eliminate_dead_saves",
+    "hoist_forwards",
+    "unite_forwards",
     "eliminate_common_subexpressions",
+    "narrow",
+    "fuse_calls",
     "record_gradients",
     "place",
     "copy_on_save",
+    "stop_early",
+    "merge_forwards",
+    "share_prefixes",
+    "merge_straight_forwards",
 )
 """The names of the passes, in the order in which they run."""
 
@@ -105,6 +126,7 @@ class Compiled:
     source: the generated functions as text: one for each site, and the one that runs the forwards.
     stages: what runs each of the stages that begin in it, by the name of the op's result.
     recomputed: the attention modules whose attention is computed anew, since their own gives no pattern.
+    remarks: what the optimisations did, or did not do and why.
     """
 
     program: Program
@@ -115,6 +137,7 @@ class Compiled:
     unsure: Mapping[str, Span]
     stages: Mapping[str, StageRunner]
     recomputed: frozenset[str]
+    remarks: tuple[Remark, ...] = ()
 
     @property
     def source(self) -> str:
@@ -125,18 +148,6 @@ class Compiled:
         return self.plan.run(*args)
 
 
-def example_of(lowered: Specialised, forward: str) -> Inputs | None:
-    """The inputs of a forward, or such as it is given: of as many invokes as are needed to make a batch."""
-    inputs, model = lowered.inputs[forward], lowered.models[forward]
-    if inputs is not None or forward not in lowered.invoked:
-        return inputs
-    example = model._example()
-    if example is None:
-        return None
-    batch = model._batch((example, example), {})
-    return batch.args, batch.kwargs
-
-
 def compile_program(
     program: Program,
     arguments: Mapping[str, Any],
@@ -144,9 +155,10 @@ def compile_program(
     closure: Mapping[str, CellType],
     staged: Staged,
     observer: Observer | None = None,
+    options: Options = DEFAULT,
 ) -> Compiled:
     """Compiles a program for the arguments of one call. `staged` gives what runs the stages that begin later."""
-    lowered = lower_program(program, arguments, globals_, closure, observer)
+    lowered = lower_program(program, arguments, globals_, closure, observer, options=options)
     stages: dict[str, StageRunner] = {}
 
     def stage(op: ops.Stage) -> Callable[..., Any]:
@@ -162,7 +174,10 @@ def compile_program(
         return None if example is None else site_axes(model, example, at.module.path, at.port, at.call or 0, inside)
 
     seen = cast(Mapping[str, Observation], lowered.orders)
-    made = plan(lowered.program, globals_, closure, stage, Axes(known, found_axes, why_not_apart), seen)
+    axes = Axes(known, found_axes, concatenated, measured, why_not_apart)
+    made = plan(
+        lowered.program, globals_, closure, stage, axes, seen, budget=options.memory_budget, padding=options.padding
+    )
     return Compiled(
         lowered.program,
         made,
@@ -172,6 +187,7 @@ def compile_program(
         lowered.unsure,
         stages,
         lowered.recomputed,
+        lowered.remarks,
     )
 
 
@@ -182,108 +198,107 @@ def lower_program(
     closure: Mapping[str, CellType],
     observer: Observer | None = None,
     checker: Checker | None = None,
+    options: Options = DEFAULT,
 ) -> Specialised:
     """Runs the passes for the arguments of one call. With a checker, mistakes go to it, and the passes go on."""
     surroundings = Surroundings(arguments, globals_, closure)
-    result: list[Specialised] = []
-    orders: dict[str, Observation] = {}
-    sized = False  # whether calls were counted, so that the program rests on the sizes of its inputs
+    remarks = Remarks()
+    ask = Answers(arguments, checker)
+    shared: list[Program] = []  # what was made on the trust that one forward gives what another would
+    indexed: dict[str, object] = {}  # conditions on arguments that indices rest on
 
     def ordered(model: Any, inputs: Inputs | None) -> Observation:
-        nonlocal sized
-        sized = True
-        return observed(model, inputs, sized)
+        ask.exact = True  # calls are counted, so that the program rests on the sizes of its inputs
+        return observed(model, inputs, ask.exact)
 
     streams = partial(_stream, checked=checker is not None)
     subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, streams, ordered, generate_function)
 
     def specialised(source: Program) -> Program:
-        result.append((specialise if checker is None else checker.specialise)(source, subject))
+        ask.lowered = (specialise if checker is None else checker.specialise)(source, subject)
         if isinstance(globals_, GuardedGlobals) and checker is None:  # what is only checked never runs
-            globals_.admit(source, result[0].program)
-        return result[0].program
-
-    def at(forward: ops.Forward) -> tuple[Any, Inputs | None]:
-        name = forward.result.name
-        return result[0].models[name], result[0].inputs[name]
-
-    def inside() -> frozenset[str]:
-        return operations(result[0].program.body)
-
-    def order(forward: ops.Forward) -> Observation:
-        name = forward.result.name
-        if name not in orders:
-            model, inputs = at(forward)
-            orders[name] = (
-                observed(model, inputs, sized, inside())
-                if checker is None
-                else checker.order(forward, model, inputs, inside())
-            )
-        return orders[name]
-
-    def extent(op: ops.Forward | ops.Invoke) -> Extent | None:
-        name = op.result.name
-        if isinstance(op, ops.Invoke):
-            name = next(forward for forward, invokes in result[0].invoked.items() if name in invokes)
-        found = extent_of if checker is None else checker.extent
-        whole = found(result[0].models[name], result[0].inputs[name], example_of(result[0], name), inside())
-        if whole is None or isinstance(op, ops.Forward):
-            return whole
-        part = result[0].parts.get(op.result.name)
-        return replace(whole, rows=part and part.rows, tokens=part and part.tokens)
-
-    def lengths(forward: ops.Forward, rows: Value | None) -> tuple[int, ...]:
-        name = forward.result.name
-        invokes = result[0].invoked.get(name, ())
-        if rows is not None or len(invokes) == 1:
-            part = result[0].parts.get(invokes[0] if rows is None else rows.name)
-            return part.lengths if part else ()
-        inputs = result[0].inputs[name]
-        return () if inputs is None or invokes else result[0].models[name]._lengths(*inputs)
-
-    def undivided(forward: ops.Forward, op: ops.Read | ops.Write) -> str | None:
-        name = forward.result.name
-        return why_undivided(result[0].models[name], example_of(result[0], name), op, inside())
-
-    def modules(forward: ops.Forward) -> dict[str, torch.nn.Module]:
-        return dict(result[0].models[forward.result.name]._module.named_modules())
+            globals_.admit(source, ask.lowered.program)
+        return ask.lowered.program
 
     def inferred(source: Program) -> Program:
         try:
-            return infer(source, surroundings, extent)
+            return infer(source, surroundings, ask.extent)
         except CompileError as error:
-            raise joined(error, lambda: check_sites(source, order)) from None
+            raise joined(error, lambda: check_sites(source, ask.order)) from None
+
+    def optimised(name: str, step: Callable[[Program], Program]) -> Callable[[Program], Program]:
+        """An optimisation, where it is to run: not in a program that a debugger looks into."""
+        return lambda source: step(source) if options.does(name) and not pausing(source) else source
+
+    def relied(before: Program, after: Program) -> Program:
+        if after is not before:
+            shared.append(after)
+        return after
 
     def dead(source: Program) -> Program:
-        if pausing(source):
-            return source
-        training = any(model._module.training for model in result[0].models.values())
-        return eliminate_dead_saves(source, keep_forwards=training)
+        keeps = any(model._module.training for model in ask.lowered.models.values())
+        return eliminate_dead_saves(source, keep_forwards=keeps)
+
+    def hoisted(source: Program) -> Program:
+        return relied(source, hoist_forwards(source, remarks, ask.trusted, ask.kind_of))
+
+    def narrowed(source: Program) -> Program:
+        kept = narrow_saves(source, arguments, remarks, indexed.__setitem__)
+        return narrow(kept, ask.order, ask.positionwise, arguments, remarks, indexed.__setitem__)
+
+    def fuses(forward: ops.Forward, path: str) -> bool:
+        return options.does("fuse_calls") and isinstance(ask.positionwise(forward, path), Positionwise)
+
+    def fused(source: Program) -> Program:
+        return fuse_calls(source, ask.positionwise, arguments, remarks, indexed.__setitem__)
 
     steps: tuple[Callable[[Program], Program], ...] = (
         specialised,
-        lambda source: fill_caches(source, order, modules),
+        lambda source: fill_caches(source, ask.order, ask.modules),
         inferred,
-        lambda source: check_padding(check_rows(check_sites(source, order), undivided), lengths, arguments),
-        lambda source: check_skips(source, order),
+        lambda source: check_padding(check_rows(check_sites(source, ask.order), ask.undivided), ask.lengths, arguments),
+        lambda source: check_skips(source, ask.order),
         lambda source: source if pausing(source) else check_unused_values(source),
         repeat_writes,
-        dead,
-        lambda source: source if pausing(source) else eliminate_common_subexpressions(source),
-        lambda source: record_gradients(source, order),
-        lambda source: place(source, order),
+        optimised("eliminate_dead_saves", dead),
+        optimised("hoist_forwards", hoisted),
+        optimised("unite_forwards", lambda source: relied(source, unite_forwards(source, remarks, ask.trusted))),
+        optimised("eliminate_common_subexpressions", eliminate_common_subexpressions),
+        optimised("narrow", narrowed),
+        optimised("fuse_calls", fused),
+        lambda source: record_gradients(source, ask.order),
+        lambda source: place(source, ask.order),
         copy_on_save,
+        optimised("stop_early", lambda source: stop_early(source, ask.order, remarks, ask.training)),
+        optimised("merge_forwards", lambda source: merge_forwards(source, ask.why_not_merged, fuses, remarks)),
+        optimised("share_prefixes", lambda source: share_prefixes(source, ask.order, ask.why_not_resumed, remarks)),
+        optimised("merge_forwards", lambda source: merge_straight_forwards(source, ask.why_not_merged, fuses, remarks)),
     )
     passes = [NamedPass(name, step) for name, step in zip(PASSES, steps, strict=True)]
     final_program = run_passes(program, passes, observer=observer, refused=None if checker is None else checker.refused)
-    first = result[0]
+    first = ask.lowered
     guards = first.guards
-    if len(list(forwards(final_program.body))) < len(first.models):
+    if shared or len(list(forwards(final_program.body))) < len(first.models):
         # A forward was left out since its model, in eval mode, computes the same whether or not it ran before.
         models = [guard.text for guard in guards if guard.kind == "model"]
         guards += tuple(Guard(f"{text}._module.training", "value", False) for text in models)
-    recomputed = frozenset[str]().union(*(each.recomputed for each in orders.values()))
-    return replace(first, program=final_program, guards=guards, orders=orders, recomputed=recomputed)
+    if shared:
+        guards += tuple(ask.trust.values())
+    guards += tuple(Guard(text, "condition", value) for text, value in indexed.items())
+    conditions, objects = conditions_of(
+        ((model, path) for (_, path), model in ask.proved.items()), guards, first.objects
+    )
+    guards += conditions
+    recomputed = frozenset[str]().union(*(each.recomputed for each in ask.orders.values()))
+    return replace(
+        first,
+        program=final_program,
+        guards=guards,
+        objects=objects,
+        orders=ask.orders,
+        recomputed=recomputed,
+        remarks=tuple(remarks.made),
+    )
 
 
 # --- helpers, lowered once ---
@@ -309,9 +324,6 @@ def helper_program(function: FunctionType) -> Program:
 
 # --- the order of sites ---
 
-_observations: WeakKeyDictionary[Any, dict[Any, Observation]] = WeakKeyDictionary()
-_lock = threading.Lock()
-
 
 def _stream(module: Any, name: str, inputs: Inputs | None, checked: bool) -> Stream:
     """Where a value of a block's residual stream stands in a forward on these inputs."""
@@ -322,54 +334,3 @@ def _stream(module: Any, name: str, inputs: Inputs | None, checked: bool) -> Str
             raise
         seen = registered(module._root._module)
     return stream_of(module, name, seen)
-
-
-def observed(model: Any, inputs: Inputs | None, exact: bool = False, operations: Collection[str] = ()) -> Observation:
-    """The order in which a model runs its modules, and these operations inside of them: observed once for each kind of
-    input, and with `exact` for each size of it. What was observed at a size serves all that follows.
-
-    Where the inputs of a forward are known only when it runs, an earlier observation of the model stands in, then one
-    on the model's own example, then the order in which its modules are registered; a run that goes otherwise is an
-    error.
-    """
-    if inputs is None:
-        known = _observations.get(model._root._base)
-        if known and not operations:
-            return next(reversed(known.values()))
-        inputs = model._example()
-    if inputs is None:
-        return registered(model._module)
-    kwargs = {name: value for name, value in inputs[1].items() if name != "grad"}
-    args, kwargs = model._prepare(inputs[0], kwargs)
-    module = model._module
-    structure = tuple(map(id, module.modules())), module.training
-    inside = alike(module, operations)
-    given = tuple(map(_signature, args)), tuple((name, _signature(kwargs[name])) for name in kwargs)
-    key: Any = (structure, *given, inside)
-    if exact:
-        key = key, tuple(getattr(value, "shape", None) for value in (*args, *kwargs.values()))
-    with _lock:
-        held = _observations.setdefault(model._root._base, {})
-        if key not in held:
-            held[key] = _observe(model, args, kwargs, inside)
-        return held[key]
-
-
-def _observe(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inside: frozenset[str]) -> Observation:
-    try:
-        return observe(model._module, args, kwargs, inside)
-    except Exception:
-        if not any(parameter.is_meta for parameter in model._module.parameters()):
-            raise
-    return observe(model._ready(), args, kwargs, inside)  # it looks at numbers, so it needs its weights
-
-
-def _signature(value: Any) -> Any:
-    """What of an input may decide which modules run: the kind of a tensor, not its contents or sizes."""
-    if isinstance(value, torch.Tensor):
-        return "tensor", value.ndim, str(value.dtype)
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return value
-    if isinstance(value, (list, tuple)):
-        return type(value).__name__, tuple(map(_signature, value))
-    return type(value).__name__

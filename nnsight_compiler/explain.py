@@ -12,11 +12,16 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, final
 
+from nnsight_compiler.answers import example_of
 from nnsight_compiler.compilation import Compiled
+from nnsight_compiler.estimates import Estimates, as_run
+from nnsight_compiler.figures import Figures, in_bytes, in_time
+from nnsight_compiler.files.kinds import barriers
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
@@ -27,9 +32,15 @@ from nnsight_compiler.passes.facts import Guard
 from nnsight_compiler.passes.inline import MODULE_CALL
 from nnsight_compiler.passes.known_calls import known_target
 from nnsight_compiler.passes.moments import first_step, last_step
+from nnsight_compiler.passes.sites import forwards
+from nnsight_compiler.passes.specialise import Specialised
+from nnsight_compiler.remote.crossings import Crossing
+from nnsight_compiler.runtime.runs import Ran, Run
 
 LATER = "specialised when the run reaches it"
 HOST_OPS = "A host op runs as it is, each time its line is reached; it may read and change whatever it can get at."
+NOT_KNOWN = "not in the table of known calls"
+TRAINS = "trains: no forward is moved across it; files may hold it"
 IN_FULL = 4
 """Variants of a stage that are shown with their steps."""
 
@@ -41,6 +52,8 @@ class Step:
 
     what: the forward or the call. why: what the forward is for, or why the call is a host op.
     within: the loops and conditions around it, outermost first. times: how often the same step stands there.
+    estimate: of a forward, what it is going to cost; in a loop, in one round. unknown: why not all of that is known.
+    last_run: what it was in the last run, all its rounds together.
     """
 
     kind: str
@@ -50,6 +63,9 @@ class Step:
     why: str
     within: tuple[str, ...] = ()
     times: int = 1
+    estimate: Figures | None = None
+    unknown: str = ""
+    last_run: Figures | None = None
 
 
 @final
@@ -80,19 +96,64 @@ class Variant:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Optimisation:
+    """One thing that an optimisation did (`fired`), or did not do, and why; at a line."""
+
+    name: str
+    fired: bool
+    file: str
+    line: int
+    what: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LastRun:
+    """A call that has ended: how often models ran in it and how long it took; the most bytes of tensors that it kept
+    alive at once, where it was measured."""
+
+    forwards: int
+    seconds: float
+    peak: int | None
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Explanation:
-    """The plan of an experiment for one call. `str` gives it as text, `as_data` as plain data for programs."""
+    """The plan of an experiment for one call. `str` gives it as text, `as_data` as plain data for programs.
+
+    forwards: how many there are in the first stage, one in a loop as one. forwards_written: how many without
+        optimisations; `None` where the program does not compile without.
+    last_run: the last call in this thread, whatever its arguments.
+    crossings: of one that runs elsewhere, the jobs that it is.
+    """
 
     name: str
     stages: tuple[StageReport, ...]
+    forwards: int
+    forwards_written: int | None
+    optimisations: tuple[Optimisation, ...]
+    last_run: LastRun | None
+    crossings: tuple[Crossing, ...] = ()
 
     def as_data(self) -> dict[str, Any]:
-        """The explanation as dicts, lists and strings."""
-        return asdict(self)
+        """The explanation as dicts, lists, strings and numbers; `version` changes with what they mean."""
+        return {"version": 1, **asdict(self)}
 
     def __str__(self) -> str:
         lines = [f"experiment {self.name}", *(line for stage in self.stages for line in _lines(stage))]
         steps = [step for stage in self.stages for variant in stage.variants for step in variant.steps]
+        if self.forwards_written is not None and self.forwards_written != self.forwards:
+            lines.append(f"{self.forwards_written} forwards as written, {self.forwards} after optimisation")
+        if self.crossings:
+            lines.append("one job" if len(self.crossings) == 1 else f"{len(self.crossings)} jobs")
+            lines += [f"  {_place(each.file, each.lines[0])}-{each.lines[-1]}  {each}" for each in self.crossings]
+        if self.optimisations:
+            lines += ["optimisations", *map(_told_optimisation, self.optimisations)]
+        if self.last_run is not None:
+            peak = "" if self.last_run.peak is None else f"; {in_bytes(self.last_run.peak)} at the peak"
+            times = "once" if self.last_run.forwards == 1 else f"{self.last_run.forwards} times"
+            lines.append(f"last run: the model ran {times}; {in_time(self.last_run.seconds)}{peak}")
         return "\n".join([*lines, HOST_OPS] if any(step.kind == "host" for step in steps) else lines)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what IPython asks for
@@ -135,6 +196,17 @@ def _step_lines(steps: tuple[Step, ...], indent: str) -> Iterator[str]:
         times = f"; {step.times} of these" if step.times > 1 else ""
         within = "".join(f"; {each}" for each in step.within)
         yield f"{indent}{head.ljust(wide)}  {step.why}{times}{within}"
+        expected = [str(step.estimate)] if step.estimate is not None and str(step.estimate) else []
+        expected += [step.unknown] if step.unknown else []
+        if expected:
+            yield f"{indent}    estimate  {'; '.join(expected)}"
+        if step.last_run is not None:
+            yield f"{indent}    last run  {step.last_run}"
+
+
+def _told_optimisation(each: Optimisation) -> str:
+    verb = "" if each.fired else "not done: "
+    return f"  {_place(each.file, each.line)}  {each.name}  {verb}{each.what}"
 
 
 def _place(file: str, line: int) -> str:
@@ -150,22 +222,55 @@ def _place(file: str, line: int) -> str:
 # --- what is found in compiled programs ---
 
 
-def explain(name: str, compiled: Compiled) -> Explanation:
-    """The stages of a compiled experiment, with those that earlier runs have specialised."""
-    return Explanation(name, tuple(_stages(compiled)))
+def explain(
+    name: str, compiled: Compiled, lowered: Specialised, written: Program | None, run: Run | None
+) -> Explanation:
+    """The stages of a compiled experiment, with those that earlier runs have specialised.
+
+    Args:
+        lowered: the same program with what its first stage was specialised to.
+        written: the program of the first stage without optimisations.
+        run: the last run.
+    """
+    plans = {id(plan) for one in _all(compiled) for plan in one.plan.forwards}
+    if run is not None and not any(plans.intersection(each.plans) for each in run.forwards):
+        run = None  # it was of other programs
+    ran = () if run is None else run.forwards
+    estimates = Estimates(lowered, partial(example_of, lowered))
+    optimisations = (
+        Optimisation(each.optimisation, each.fired, each.span.file, each.span.line, each.what)
+        for remarks in (*(one.remarks for one in _all(compiled)), () if run is None else run.remarks)
+        for each in remarks
+    )
+    return Explanation(
+        name,
+        tuple(_stages(compiled, estimates, ran)),
+        len(list(forwards(lowered.program.body))),
+        None if written is None else len(list(forwards(written.body))),
+        tuple(dict.fromkeys(optimisations)),
+        None if run is None else LastRun(len(run.forwards), run.seconds, run.peak),
+    )
 
 
-def _stages(first: Compiled) -> Iterator[StageReport]:
+def _all(compiled: Compiled) -> Iterator[Compiled]:
+    """A compiled program and those of its stages."""
+    yield compiled
+    for stage in compiled.stages.values():
+        for each in stage.compiled:
+            yield from _all(each)
+
+
+def _stages(first: Compiled, estimates: Estimates, ran: Sequence[Ran]) -> Iterator[StageReport]:
     span = first.program.span
-    yield StageReport(1, span.file, span.line, "", (_variant(first, {}),))
+    yield StageReport(1, span.file, span.line, "", (_variant(first, {}, ran, estimates),))
     found: dict[tuple[str, int, str], list[Variant]] = {}
-    _collect(first, found)
+    _collect(first, found, ran)
     for number, (place, variants) in enumerate(found.items(), start=2):
         reached = [each for each in variants if LATER not in (step.why for step in each.steps)]
         yield StageReport(number, *place, tuple(dict.fromkeys(reached or variants)))
 
 
-def _collect(compiled: Compiled, found: dict[tuple[str, int, str], list[Variant]]) -> None:
+def _collect(compiled: Compiled, found: dict[tuple[str, int, str], list[Variant]], ran: Sequence[Ran]) -> None:
     """The stages that begin in a program, and those that begin in them, by where they begin."""
     made = _made(compiled.program)
     calls = {op.function: op for op in compiled.program.walk() if isinstance(op, ops.Call)}
@@ -175,9 +280,9 @@ def _collect(compiled: Compiled, found: dict[tuple[str, int, str], list[Variant]
         held = found.setdefault((op.span.file, op.span.line, op.needs), [])
         specialised = compiled.stages[op.result.name].compiled
         names = _names(op.program, calls[op.result], made)
-        held += [_variant(each, names) for each in specialised] or [Variant((), _folded(_expected(op.program)))]
+        held += [_variant(each, names, ran) for each in specialised] or [Variant((), _folded(_expected(op.program)))]
         for each in specialised:
-            _collect(each, found)
+            _collect(each, found, ran)
 
 
 def _names(program: Program, call: ops.Call, made: Mapping[str, Op]) -> dict[str, str]:
@@ -193,10 +298,16 @@ def _names(program: Program, call: ops.Call, made: Mapping[str, Op]) -> dict[str
     return names
 
 
-def _variant(compiled: Compiled, names: Mapping[str, str]) -> Variant:
+def _variant(
+    compiled: Compiled, names: Mapping[str, str], ran: Sequence[Ran], estimates: Estimates | None = None
+) -> Variant:
     told = [guard for guard in compiled.guards if guard.kind in ("value", "length") and "._path" not in guard.text]
     given = [_told(guard, names) for guard in told]
-    return Variant(tuple(given), _folded(_steps(compiled.program, compiled.recomputed)))
+    # Estimates are of the same program, specialised anew: values, and so ops, are others.
+    program = compiled.program if estimates is None else estimates.lowered.program
+    plans = zip(forwards(program.body), compiled.plan.forwards, strict=True)
+    runs = {op.result.name: [each for each in ran if id(plan) in each.plans] for op, plan in plans}
+    return Variant(tuple(given), _folded(_steps(program, compiled.recomputed, runs, estimates)))
 
 
 _NAMELESS = re.compile(r"v\d+(_\d+)*")
@@ -232,7 +343,9 @@ def _expected(program: Program) -> Iterator[Step]:
             yield Step("forward", op.span.file, op.span.line, "forward", LATER)
 
 
-def _steps(program: Program, recomputed: Collection[str]) -> Iterator[Step]:
+def _steps(
+    program: Program, recomputed: Collection[str], runs: Mapping[str, Sequence[Ran]], estimates: Estimates | None
+) -> Iterator[Step]:
     made = _made(program)
     stages = {op.result for op in program.walk() if isinstance(op, ops.Stage)}
 
@@ -242,7 +355,14 @@ def _steps(program: Program, recomputed: Collection[str]) -> Iterator[Step]:
             around = within
             match op:
                 case ops.Forward():
-                    yield Step("forward", *place, f"forward of {program.target}", _purpose(op), within)
+                    step = Step("forward", *place, f"forward of {program.target}", _purpose(op), within)
+                    ran = runs[op.result.name]
+                    extent = Figures()
+                    if estimates is not None:
+                        estimate, unknown = estimates.of(op)
+                        step = replace(step, estimate=estimate, unknown=unknown)
+                        extent = estimates.run_extent(op, ran) if ran else extent
+                    yield replace(step, last_run=as_run(ran, extent)) if ran else step
                 case ops.At(module=module, port=port):
                     site = _site(module, port) if port != "result" else ""
                     attention, _, value = module.path.rpartition(":")
@@ -253,8 +373,9 @@ def _steps(program: Program, recomputed: Collection[str]) -> Iterator[Step]:
                 case ops.Steps():
                     around = *within, *(when.strip() for when, _ in _pieces(Region((), (op,))))
                 case ops.Call(target=None) if op.function not in stages:
-                    what = f"host op `{_spelled(op.function, made)}(…)`"
-                    yield Step("host", *place, what, _why(site), within)
+                    spelled = _spelled(op.function, made)
+                    why = TRAINS if spelled.rpartition(".")[2] in barriers() else NOT_KNOWN
+                    yield Step("host", *place, f"host op `{spelled}(…)`", why + _in_the_middle(site), within)
                 case ops.Call(target=target) if target == MODULE_CALL:
                     what = f"module call `{_spelled(op.function, made)}(…)`"
                     yield Step("module", *place, what, "a torch module, run whole and as it is", within)
@@ -268,8 +389,8 @@ def _steps(program: Program, recomputed: Collection[str]) -> Iterator[Step]:
     return visit(program.body, "", ())
 
 
-def _why(site: str) -> str:
-    return f"not in the table of known calls{f'; in the middle of the forward, at {site}' if site else ''}"
+def _in_the_middle(site: str) -> str:
+    return f"; in the middle of the forward, at {site}" if site else ""
 
 
 def _purpose(op: ops.Forward) -> str:
@@ -303,7 +424,7 @@ def _purpose(op: ops.Forward) -> str:
         return "; ".join([*parts, "generates to its end", *(["gives what it returns"] if gives else [])])
     sites = [site for (word, _), held in touched.items() for site in held if word != "may skip at"]
     end = "ends after it" if sites == [last] else f"ends after {_named(*last)}"
-    return "; ".join([*parts, "runs to its end" if last == ("", "output") else end])
+    return "; ".join([*parts, end if op.stops else "runs to its end"])
 
 
 def _pieces(body: Region) -> Iterator[tuple[str, Region]]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from nnsight_compiler.cache import Cache
-from nnsight_compiler.compilation import observed
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.ir.ops import Argument, Forward, Op, Parameter, Read, Region, Return, Save, Write
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.values import Module, Value
+from nnsight_compiler.observations import observed
 
 
 def verify(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -72,6 +72,19 @@ def bind_arguments(
     return _split(list(named.values()), values)
 
 
+def optimised(experiment: Experiment, without: str | None, memory_budget: str | None, padding: bool) -> Experiment:
+    """The experiment with the options that are given; itself, with its own, where none is."""
+    if without is None and memory_budget is None and not padding:
+        return experiment
+    names = [name for each in (without or "").split(",") if (name := each.strip())]
+    budget = int(memory_budget) if memory_budget is not None and memory_budget.isdecimal() else memory_budget
+    try:
+        return experiment.with_options("all" if names == ["all"] else names, budget, padding)
+    except ValueError as error:
+        said, _, way_out = str(error).partition("; ")
+        raise RefusalError(said, way_out or "write bytes, or text such as '2 GiB'") from None
+
+
 def bind_model(experiment: Experiment, model: str | None, weights: bool) -> str | None:
     """Gives the model to an experiment from a file that reads it as a global; the name is then used up."""
     namespace = experiment._namespace
@@ -89,7 +102,7 @@ def load_model(name: str, weights: bool) -> object:
     from nnsight_compiler import LanguageModel
 
     try:
-        source = _smollm2() if name == "smollm2" else name
+        source = demo_model() if name == "smollm2" else name
         model = LanguageModel(source, dispatch=weights)
     except ModelError as error:
         way_out = "try --model tiny, which needs no download, --model smollm2, or a folder that holds a model"
@@ -99,7 +112,8 @@ def load_model(name: str, weights: bool) -> object:
     return model
 
 
-def _smollm2() -> Path:
+def demo_model() -> Path:
+    """The file of the demo's model, fetched once."""
     from rich.console import Console
 
     from nnsight_compiler.demo.assets import smollm2

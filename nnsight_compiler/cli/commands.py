@@ -12,8 +12,11 @@ from typing import Annotated
 
 import typer
 
-from nnsight_compiler.cli.arguments import bind_arguments, bind_model, load_model, parse_arguments
+from nnsight_compiler.cli import keys
+from nnsight_compiler.cli.arguments import bind_arguments, bind_model, load_model, optimised, parse_arguments
+from nnsight_compiler.cli.login import login, logout
 from nnsight_compiler.cli.refusal import RefusalError, unknown, user_code
+from nnsight_compiler.cli.serving import serve
 from nnsight_compiler.cli.target import Target
 from nnsight_compiler.ir.program import Program
 
@@ -26,6 +29,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     add_completion=False,
 )
+
+app.add_typer(keys.app, name="keys")
 
 TargetArgument = Annotated[
     str, typer.Argument(metavar="FILE[:FUNCTION]", help="A Python file and an experiment in it, or an experiment file.")
@@ -48,6 +53,21 @@ ArgumentOption = Annotated[
     typer.Option(
         "--arg", metavar="NAME=VALUE", help="An argument; the value is a Python literal, else a string. Repeatable."
     ),
+]
+WithoutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--without", metavar="PASS[,PASS]", help="Optimisations to leave out, by the names of their passes; or all."
+    ),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget", metavar="BYTES", help="What forwards that share a batch may keep alive: bytes, or '2 GiB'."
+    ),
+]
+PaddingOption = Annotated[
+    bool, typer.Option("--padding", help="Let prompts that differ in length be padded to share a forward.")
 ]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the heat map goes.")]
 
@@ -119,6 +139,9 @@ def run(
         bool, typer.Option("--json", help="Print JSON; what the experiment prints goes to stderr.")
     ] = False,
     allow_host_calls: HostCallsOption = False,
+    without: WithoutOption = None,
+    memory_budget: BudgetOption = None,
+    padding: PaddingOption = False,
 ) -> None:
     """Run an experiment and print what it returns.
 
@@ -132,14 +155,15 @@ def run(
 
         nnsightc run patch.safetensors --model tiny --arg layer=1 …
 
-    Tensors are shown by dtype, shape and range, small ones in full; --json prints all of it.
+    Tensors are shown by dtype, shape and range, small ones in full; --json prints all of it. --without,
+    --memory-budget and --padding take the place of the options that the experiment has of its own.
     """
     from nnsight_compiler.cli.display import as_json, readable
     from nnsight_compiler.demo.assets import quiet_transformers
 
     where = Target.parse(target)
     with quiet_transformers(), redirect_stdout(sys.stderr) if json else nullcontext():
-        experiment = where.experiment(allow_host_calls)
+        experiment = optimised(where.experiment(allow_host_calls), without, memory_budget, padding)
         model = bind_model(experiment, model, weights=True)
         positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model, weights=True)
         with user_code():
@@ -183,23 +207,39 @@ def explain(
     model: ModelOption = None,
     arg: ArgumentOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Run it first, and show what that cost beside the estimates.")
+    ] = False,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Show the jobs that it is on a service, and the bytes that cross.")
+    ] = False,
+    allow_host_calls: HostCallsOption = False,
+    without: WithoutOption = None,
+    memory_budget: BudgetOption = None,
+    padding: PaddingOption = False,
 ) -> None:
-    """Show what an experiment will do: stages, forwards, and calls that run as they are.
+    """Show what an experiment will do, and what that costs: stages, forwards, and calls that run as they are.
 
     Nothing is run. Each stage but the first says what only the run can give, and at which line it is needed:
 
         nnsightc explain demo.py:patch --model tiny --arg layer=1 \\
             --arg position=-1 --arg clean="The Eiffel Tower is in" \\
             --arg corrupt="The Colosseum is in"
+
+    With --run, the experiment is called first, and what it cost stands beside the estimates.
     """
     from nnsight_compiler.demo.assets import quiet_transformers
 
     with quiet_transformers(), redirect_stdout(sys.stderr):
-        experiment = Target.parse(target).experiment()
-        model = bind_model(experiment, model, weights=False)
-        positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model, weights=False)
+        found = Target.parse(target).experiment(allow_host_calls)
+        experiment = optimised(found, without, memory_budget, padding)
+        model = bind_model(experiment, model, weights=run)
+        positional, keywords = bind_arguments(experiment.ir, parse_arguments(arg or []), model, weights=run)
         with user_code():
-            explanation = experiment.explain(*positional, **keywords)
+            if run:
+                experiment.measure(*positional, **keywords)
+            elsewhere = {"remote": True} if remote else {}
+            explanation = experiment.explain(*positional, **keywords, **elsewhere)
     print(dumps(explanation.as_data(), ensure_ascii=False, indent=2) if json else explanation)
 
 
@@ -217,7 +257,7 @@ def compile(
         nnsightc compile demo.py:patch -o patch.safetensors
         nnsightc run patch.safetensors --model tiny --arg layer=1 …
     """
-    from nnsight_compiler.files import LocalOnlyWarning
+    from nnsight_compiler.files.saving import LocalOnlyWarning
 
     experiment = Target.parse(target).experiment()
     with user_code(), warnings.catch_warnings():
@@ -247,6 +287,11 @@ def demo(
     except ModuleNotFoundError as error:
         raise RefusalError(f"the demo needs {error.name}", "pip install 'nnsight-compiler[demo]'") from None
     show(model.value, output)
+
+
+app.command()(login)
+app.command()(logout)
+app.command()(serve)
 
 
 def _headed(name: str, program: Program) -> str:

@@ -27,8 +27,12 @@ from nnsight_compiler.files.kinds import (
     ANYTHING,
     BARE_METHODS,
     COMPUTED,
+    FORMATTING,
     GIVEN,
+    HANDED_ON,
+    KEEPING,
     PLAIN,
+    PRINTING,
     TEXT_METHODS,
     THROUGH,
     TREE_METHODS,
@@ -37,13 +41,18 @@ from nnsight_compiler.files.kinds import (
     Environment,
     Given,
     HostOp,
+    Instances,
     Kind,
     Own,
     Part,
     Tree,
     is_known_method,
+    kind_of,
+    looks_at_values,
+    trains,
 )
 from nnsight_compiler.files.vocabulary import (
+    IN_SIGHT,
     NAMESPACES,
     Constant,
     HostName,
@@ -65,6 +74,8 @@ from nnsight_compiler.passes.known_calls import ALL, known_target
 from nnsight_compiler.passes.sites import ATTENTION_VALUES
 from nnsight_compiler.passes.streams import STREAM
 
+SITES = frozenset({"output", "input", "inputs"})
+"""Sites of what may be a module, in a helper that is given it."""
 VALUES = frozenset((*ATTENTION_VALUES, *STREAM))
 """Attributes of modules that are sites, as `.output` is; a program has them as attributes until the model is known."""
 
@@ -74,11 +85,12 @@ VALUES = frozenset((*ATTENTION_VALUES, *STREAM))
 class Findings:
     """What a look at one program found.
 
-    hosts: host calls. dynamic: calls of a value that only the run can give. loose: attributes that get elsewhere than
-    into their own call. reached: programs of the functions that it mentions.
+    hosts: host calls. host_ops: the op that each of them is. dynamic: calls of a value that only the run can give.
+    loose: attributes that get elsewhere than into their own call. reached: programs of the functions that it mentions.
     """
 
     hosts: list[HostOp] = field(default_factory=list)
+    host_ops: list[Op] = field(default_factory=list)
     dynamic: list[Span] = field(default_factory=list)
     loose: list[Span] = field(default_factory=list)
     reached: list[Program] = field(default_factory=list)
@@ -97,7 +109,7 @@ def look(
     environment: Environment,
     deferred: bool,
     methods: Set[str],
-    strict: bool = False,
+    given: Kind | None = None,
     receiver: Kind | None = None,
 ) -> Findings:
     """What calls a program makes.
@@ -105,10 +117,10 @@ def look(
     Args:
         deferred: no model is known yet, so that a call of an attribute of what was given may be one of a module.
         methods: the names of all methods of captured classes, which no program may assign.
-        strict: the program is called as it stands, by code that may give it anything.
+        given: what its parameters may be: what the caller of the experiment gave, where nothing else is said.
         receiver: for a method, what its first parameter is.
     """
-    return _Look(program, environment, deferred, methods, strict, receiver).run()
+    return _Look(program, environment, deferred, methods, given or GIVEN, receiver).run()
 
 
 class _Look:
@@ -118,7 +130,7 @@ class _Look:
         environment: Environment,
         deferred: bool,
         methods: Set[str],
-        strict: bool,
+        given: Kind,
         receiver: Kind | None,
     ) -> None:
         self.program = program
@@ -127,10 +139,10 @@ class _Look:
         self.methods = methods
         self.kinds: dict[str, Kind] = {}
         self.found = Findings()
+        self.current: Op
         self.stored = {
             op.cell.name for op in program.walk() if isinstance(op, ops.Store) and isinstance(op.cell, Value)
         }
-        given: Kind = ANYTHING if strict else GIVEN
         for number, parameter in enumerate(program.parameters):
             self.kinds[parameter.value.name] = given if number or receiver is None else receiver
         self.owners = {op.result.name: op.object for op in program.walk() if isinstance(op, ops.Attribute)}
@@ -155,6 +167,7 @@ class _Look:
                 return ANYTHING
 
     def op(self, op: Op) -> None:
+        self.current = op
         self.escapes(op)
         match op:
             case ops.Global(result=result, name=name, scope=scope):
@@ -186,6 +199,8 @@ class _Look:
                 self.kinds[result.name] = COMPUTED if computed else ANYTHING
             case ops.Call():
                 self.kinds[op.result.name] = self.call(op)
+            case ops.Forward(arguments=arguments) if any(a.star or a.keyword in HANDED_ON for a in arguments):
+                self.found.dynamic.append(op.span)
             case ops.SetAttribute(object=owner, name=name) | ops.Delete(object=owner, name=str() as name):
                 self.assigns(owner, name, op.span)
                 stored = self.kind(op.value) if isinstance(op, ops.SetAttribute) else ANYTHING
@@ -203,10 +218,17 @@ class _Look:
                 match self.kind(value):
                     case Space(name=name) | HostName(name=name):
                         self.host(f"{name} as a value", op.span)
+                    case KnownName(target=target) if target in IN_SIGHT and not self.is_asked_for(op):
+                        self.host(f"{target.partition('.')[2]} as a value", op.span)
                     case Own(program=Program() as program):
                         self.found.reached.append(program)
                     case Part() as taken if self.is_loose(taken):
                         self.found.loose.append(op.span)
+
+    def is_asked_for(self, op: Op) -> bool:
+        """Whether an op only asks whether a value is of a class."""
+        classes = KnownName("builtins.isinstance"), KnownName("builtins.issubclass")
+        return isinstance(op, ops.Call) and self.kind(op.function) in classes
 
     def is_loose(self, found: Part) -> bool:
         """Whether an attribute may be a method of which nothing is known."""
@@ -227,13 +249,23 @@ class _Look:
                 pass  # a site, once the model is known
             case Space(name=name) | HostName(name=name) | KnownName(target=name):
                 self.host(f"{name}{what}, which is changed", span)
+            case Part(name=name, root=Given()) if self.deferred and name.removesuffix("[…]") in SITES:
+                pass  # of a module, if it is one, which the look at the specialised program tells
+            case Given() if not self.deferred:
+                self.host(f"`{what}` of what the caller gave, which is changed", span)
             case Part(name=name, root=Given()):
                 self.host(f"`.{name}{what}` of what the caller gave, which is changed", span)
             case _ if isinstance(owner, Module):
                 self.host(f"`{what}` of a module of the model, which is changed", span)
+            case Tree() | Instances():
+                pass  # the file's own
+            case kind if what.startswith(".") and what[1:] not in KEEPING | SITES:
+                if not self.deferred or kind == COMPUTED or (isinstance(kind, Part) and kind.root == COMPUTED):
+                    self.host(f"`{what}` of what only the run can give, which is changed", span)
 
     def host(self, name: str, span: Span) -> None:
         self.found.hosts.append(HostOp(name, span))
+        self.found.host_ops.append(self.current)
 
     # --- what values are ---
 
@@ -261,6 +293,8 @@ class _Look:
                 return Part(name) if isinstance(found, HostName) and is_known_method(name) else found
             case Tree(modules=modules):
                 return self.of_modules(modules, name)
+            case Instances(kind=kind, held=objects):
+                return self.of_instances(kind, objects, name)
             case Given() | Computed():
                 return Part(name, owner)
             case Part(root=root):
@@ -285,6 +319,27 @@ class _Look:
         if held and all(isinstance(getattr(each, "__program__", None), Program) for each in held):
             return Own(held[0].__program__)
         return ANYTHING if held else Part(name)
+
+    @staticmethod
+    def of_instances(kind: type, objects: tuple[object, ...], name: str) -> Kind:
+        """An attribute of one of these objects. What has no kind there is data: names of what is called stay."""
+        if hasattr(object, name):
+            return Part(name)
+        method = getattr(kind, name, None)
+        program = getattr(method, "__program__", None)
+        if isinstance(program, Program):
+            return Own(program)
+        if not all(name in vars(each) for each in objects):
+            return ANYTHING  # of some it is a constant of the class, or data that comes later
+        held = [kind_of(vars(each)[name]) for each in objects]
+        modules = tuple(module for each in held if isinstance(each, Tree) for module in each.modules)
+        if held and all(isinstance(each, Tree) for each in held):
+            return Tree(modules)
+        inside = {each.kind for each in held if isinstance(each, Instances)}
+        if len(inside) == 1 and all(isinstance(each, Instances) for each in held):
+            objects = tuple(one for each in held if isinstance(each, Instances) for one in each.held)
+            return Instances(inside.pop(), objects)
+        return held[0] if len(held) == 1 else ANYTHING
 
     def item(self, owner: Kind) -> Kind:
         match owner:
@@ -311,7 +366,7 @@ class _Look:
             case Own(program=program):
                 if program is not None:
                     self.found.reached.append(program)
-            case Tree() | Given():
+            case Tree() | Given() | Instances():
                 pass
             case Part():
                 return self.method(op, callee)
@@ -324,10 +379,16 @@ class _Look:
         receiver = self.receiver(op.function)
         if isinstance(receiver, Tree) and name in TREE_METHODS:
             return receiver if name in ("children", "modules", "values", "items", "named_children") else ANYTHING
-        if is_known_method(name):
+        if name in FORMATTING:
+            text = self.owner(op.function)
+            if not (isinstance(text, Literal) and looks_at_values(text.value)):
+                self.host(f"the method `.{name}(…)` of a text that only the run can give", op.span)
+        elif is_known_method(name):
             if name == "sort" and any(argument.keyword == "key" or argument.star for argument in op.arguments):
                 self.found.dynamic.append(op.span)
-        elif name in TEXT_METHODS or (name in BARE_METHODS and not op.arguments):
+            if name == "sub" and any(self.may_be_called(argument.value) for argument in op.arguments):
+                self.found.dynamic.append(op.span)  # a pattern calls what it is given
+        elif name in TEXT_METHODS | TREE_METHODS or (name in BARE_METHODS and not op.arguments) or trains(op, name):
             pass
         elif not self.deferred or callee.root == COMPUTED:
             self.host(f"the method `.{name}(…)`", op.span)
@@ -335,8 +396,15 @@ class _Look:
 
     def receiver(self, function: Operand) -> Kind:
         """What a method is taken from."""
-        owner = self.owners.get(function.name) if isinstance(function, Value) else None
+        owner = self.owner(function)
         return ANYTHING if owner is None else self.kind(owner)
+
+    def owner(self, function: Operand) -> Operand | None:
+        return self.owners.get(function.name) if isinstance(function, Value) else None
+
+    def may_be_called(self, argument: Operand) -> bool:
+        """Whether an argument may be a function of which nothing is known."""
+        return self.kind(argument) != COMPUTED
 
     def known(self, op: ops.Call, target: str) -> Kind:
         """A call of the closed set. A few look up attributes by a text, or call what they are given."""
@@ -356,12 +424,25 @@ class _Look:
                 return Part("type(…)")  # a class of which nothing is known, and which may be called
             case "builtins.iter" if len(op.arguments) != 1 or len(plain) != 1:
                 self.found.dynamic.append(op.span)
-            case "collections.defaultdict":
+            case "collections.defaultdict" | "numpy.errstate" | "numpy.printoptions" | "numpy.set_printoptions":
                 self.found.dynamic.append(op.span)
-            case "builtins.sorted" | "builtins.min" | "builtins.max":
-                if any(argument.keyword == "key" or argument.star == "**" for argument in op.arguments):
-                    self.found.dynamic.append(op.span)
+        self.handed(op, target)
         return self.result(target, [self.kind(each) for each in plain])
+
+    def handed(self, op: ops.Call, target: str) -> None:
+        """What a known call does with functions, streams and texts that it is given."""
+        row = known_target(target) if target in ALL else None
+        calls = () if row is None else row.calls
+        for number, argument in enumerate(op.arguments):
+            place = number if argument.keyword is None else argument.keyword
+            if calls and (argument.star or place in calls):
+                self.found.dynamic.append(op.span)
+            if argument.keyword in ("file", "stream") or (argument.star == "**" and target in PRINTING):
+                self.host(f"{target.partition('.')[2]} to a stream that only the run can give", op.span)
+            if argument.keyword == "bar_format" and not (
+                isinstance(argument.value, Literal) and looks_at_values(argument.value.value)
+            ):
+                self.host(f"{target.partition('.')[2]} with a `bar_format` that only the run can give", op.span)
 
     def result(self, target: str, kinds: list[Kind]) -> Kind:
         """What a call of the closed set gives for these arguments."""

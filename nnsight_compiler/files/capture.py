@@ -9,56 +9,57 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, final
 
-import torch
 from torch import nn
 
 from nnsight_compiler.compilation import helper_program, save
 from nnsight_compiler.files import vocabulary
 from nnsight_compiler.files.cannot import WAY_OUT, CannotCaptureError
-from nnsight_compiler.files.format import dtype_name
+from nnsight_compiler.files.classes import Classes, is_library_module, is_plain, is_users
 from nnsight_compiler.files.modules import Modules
-from nnsight_compiler.files.tensors import TensorStore, why_not
+from nnsight_compiler.files.values import Node, ValueWriter
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import CompileError, Diagnostic, ExperimentError
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.serial import literal_to_json, to_json
-from nnsight_compiler.ir.span import Span
+from nnsight_compiler.ir.serial import to_json
+from nnsight_compiler.ir.span import NOWHERE, Span
 from nnsight_compiler.ir.traverse import rewrite
-from nnsight_compiler.ir.values import Literal
 from nnsight_compiler.passes.facts import is_handle
-
-_LITERALS = (type(None), bool, int, float, complex, str, bytes, type(...))
-Node = dict[str, Any]
+from nnsight_compiler.runtime.tokens import Listener
 
 
 @final
-class Capture:
+class Capture(ValueWriter):
     """One experiment, or the edits of one model (`edits_of`), while it is captured.
 
+    may_be_edited: the model's edits go along by themselves. lifted: says which attributes of objects do.
     objects: the table. programs: every program that goes into the file, by whose it is, with its own span.
     problems: what has no form in a file, one diagnostic each.
     """
 
-    def __init__(self, edits_of: Any = None) -> None:
+    def __init__(
+        self,
+        edits_of: Any = None,
+        prefix: str = "",
+        may_be_edited: bool = False,
+        lifted: Callable[[Any], bool] | None = None,
+    ) -> None:
+        super().__init__(prefix)
+        self.may_be_edited = may_be_edited
         self.edits_of = edits_of
-        self.objects: list[Node] = []
-        self.tensors = TensorStore()
         self.globals: dict[str, Node] = {}
         self.programs: list[Program] = []
         self.problems: list[Diagnostic] = []
         self.model: Any = None
         self.modules = Modules(self)
-        self._numbers: dict[int, int] = {}
-        self._kept: list[object] = []
+        self.classes = Classes(self, lifted)
         self._names: dict[tuple[int, str], str] = {}
         self._taken: set[str] = set(dir(builtins))
-        self._open: set[int] = set()
         self._places: dict[str, Span] = {}
 
     # --- functions and their names ---
@@ -194,23 +195,24 @@ class Capture:
             self.globals[own] = self._node(held, name, name, span)
         return own
 
-    # --- what the modules of an experiment need ---
-
-    def keep(self, held: object) -> None:
-        """Keeps an object alive, so that its `id` stays its own."""
-        self._kept.append(held)
+    # --- what the modules and classes of an experiment need ---
 
     def number(self, held: object, entry: Node) -> int:
         """The number of an object whose entry is made elsewhere."""
         if id(held) not in self._numbers:
             self._numbers[id(held)] = len(self.objects)
             self.objects.append(entry)
+            self.held.append(held)
         return self._numbers[id(held)]
+
+    def inside(self, held: Any, name: str, path: str) -> Node:
+        """The node of an attribute."""
+        return self._within(held, f".{name}", path)
 
     def span_of(self, path: str) -> Span:
         """Where the name that a path begins with stands first."""
         name = path.partition(".")[0].partition("[")[0]
-        return self._places.get(name, self.programs[0].span)
+        return self._places.get(name, self.programs[0].span if self.programs else NOWHERE)
 
     # --- values ---
 
@@ -231,47 +233,25 @@ class Capture:
                 raise
             return {"host": name}
 
-    def value(self, held: Any, path: str) -> Node:
-        """A value as a node."""
-        kind = type(held)
-        if kind in _LITERALS:
-            return literal_to_json(Literal(held))
-        if kind is torch.dtype:
-            return {"dtype": dtype_name(held)}
-        if kind is torch.device:
-            return {"device": str(held)}
-        if kind is torch.Size:
-            return {"size": list(held)}
-        if kind is range:
-            return {"range": [self.value(part, path) for part in (held.start, held.stop, held.step)]}
-        if kind is slice:
-            return {"slice": [self.value(part, path) for part in (held.start, held.stop, held.step)]}
-        if kind in (tuple, frozenset):
-            return {kind.__name__: [self._within(part, f"[{i}]", path) for i, part in enumerate(_ordered(held))]}
+    def other(self, held: Any, path: str) -> Node | None:
+        """Code: what is no plain data, and no object with an entry of its own."""
         if held is save:
             return {"package": "save"}
+        if isinstance(held, Listener):
+            return {"listener": held.number}
         if is_handle(held):
             return self._handle(held)
-        if kind is MethodType and isinstance(held.__self__, nn.Module):
+        if type(held) is MethodType and (isinstance(held.__self__, nn.Module) or is_plain(type(held.__self__))):
             self.modules.asked.add(held.__name__)
             return {"method": [self.value(held.__self__, path), held.__name__]}
         target = vocabulary.name_of(held)
-        if target is not None:
-            return {"known": target}
-        return {"object": self._object(held, path)}
-
-    def _within(self, part: Any, step: str, path: str) -> Node:
-        try:
-            return self.value(part, f"{path}{step}")
-        except CannotCaptureError as error:
-            error.trail = step + error.trail
-            raise
+        return None if target is None else {"known": target}
 
     def _handle(self, held: Any) -> Node:
         root = held._root
         if self.edits_of is not None and root._base is self.edits_of:
             return {"model": held._path}  # whichever view of it is meant, it is the model that is edited
-        if root._edits:
+        if root._edits and not self.may_be_edited:
             raise CannotCaptureError(
                 "it is an edited model, and an experiment file holds no edits",
                 "make the model a parameter of the experiment, and export its edits: `edited.export_edits(path)`",
@@ -284,82 +264,47 @@ class Capture:
         self.model = held._root
         return {"model": held._path}
 
-    def _object(self, held: Any, path: str) -> int:
-        if id(held) in self._numbers:
-            number = self._numbers[id(held)]
-            if number in self._open and not isinstance(held, FunctionType):
-                raise CannotCaptureError("it contains itself", "take it apart")
-            return number
-        number = len(self.objects)
-        self._numbers[id(held)] = number
-        self._kept.append(held)
-        self.objects.append({})
-        self._open.add(number)
-        try:
-            self.objects[number] = self._entry(held, path)
-        except BaseException:
-            # The next mention is refused in its own place, and what only this object held is not mentioned by any.
-            del self.objects[number:]
-            self._numbers = {each: known for each, known in self._numbers.items() if known < number}
-            raise
-        finally:
-            self._open.discard(number)
-        return number
+    def _within(self, part: Any, step: str, path: str) -> Node:
+        node = super()._within(part, step, path)
+        if "model" in node:
+            reason = "it is a module of the model, which only a name may stand for"
+            error = CannotCaptureError(reason, "give it a name of its own, or make the container in the function")
+            error.trail = step
+            raise error
+        return node
 
-    def _entry(self, held: Any, path: str) -> Node:
+    def other_entry(self, held: Any, path: str) -> Node:
+        """The entries of functions, modules, and objects of plain classes."""
         match held:
-            case torch.Tensor():
-                reason = why_not(held)
-                if reason is not None:
-                    way_out = "make it a plain tensor first: `.detach().clone()`"
-                    raise CannotCaptureError(f"the tensor cannot be stored: {reason}", way_out)
-                return self.tensors.add(path, held)
-            case list() if type(held) is list:
-                return {"kind": "list", "items": [self._within(part, f"[{i}]", path) for i, part in enumerate(held)]}
-            case set() if type(held) is set:
-                return {"kind": "set", "items": [self._within(part, "[…]", path) for part in _ordered(held)]}
-            case dict() if type(held) is dict:
-                items = [
-                    [self._within(key, f" (the key {key!r:.40})", path), self._within(item, f"[{key!r:.40}]", path)]
-                    for key, item in held.items()
-                ]
-                return {"kind": "dict", "items": items}
             case FunctionType() if not is_library(held):
                 return self.function(held, path)
             case nn.Module():
                 return self.modules.entry(held, path)
             case _:
-                raise CannotCaptureError(_why_no_value(held))
+                reason = _why_no_object(held)
+                if reason is not None:
+                    raise CannotCaptureError(reason)
+                return self.classes.instance(held, path)
+
+    def may_contain_itself(self, held: Any) -> bool:
+        """A function may mention itself: its entry says by which name."""
+        return isinstance(held, FunctionType)
 
 
-def _why_no_value(held: Any) -> str:
-    if hasattr(held, "_cache") and type(held).__name__ == "Experiment":
+def _why_no_object(held: Any) -> str | None:
+    """Why something is code that no file holds; `None` for an object of some class."""
+    if type(held).__name__ == "Experiment" and hasattr(held, "_cache"):
         return "it is another experiment, which has a file of its own"
     if isinstance(held, type):
-        return f"it is the class `{held.__qualname__}`, and a file holds no code but that of functions"
-    if callable(held) and hasattr(held, "__qualname__"):
+        return f"it is the class `{held.__qualname__}`, and a file holds no code but that of functions and of objects"
+    if callable(held) and not is_users(type(held)) and hasattr(held, "__qualname__"):
         return f"it is the function `{held.__qualname__}`, whose source cannot be taken into a file"
-    return (
-        f"it is an object of class `{type(held).__qualname__}`, and a file holds tensors, numbers, strings, tuples,"
-        " lists, dicts, sets, torch modules and functions"
-    )
-
-
-def _ordered(held: Any) -> list[Any]:
-    """The items; of sets in an order that does not change from one process to the next."""
-    return sorted(held, key=repr) if isinstance(held, (set, frozenset)) else list(held)
+    return None
 
 
 def is_library(function: FunctionType) -> bool:
     """Whether a function belongs to Python, or to a package that was installed: its source is not taken into a file."""
-    file = function.__code__.co_filename
-    top = (function.__module__ or "").partition(".")[0]
-    standard = top in sys.stdlib_module_names and top != "__main__"
-    return (
-        standard
-        or top in ("torch", "transformers", "nnsight_compiler")
-        or any(folder in file for folder in ("site-packages", "dist-packages"))
-    )
+    return is_library_module(function.__module__ or "", function.__code__.co_filename)
 
 
 def _host_name(held: Any) -> str | None:

@@ -6,9 +6,10 @@ The verifier of the IR has checked its structure; these are the rules that matte
 from __future__ import annotations
 
 import keyword
+import unicodedata
 from typing import Any
 
-from nnsight_compiler.files.format import refuse
+from nnsight_compiler.files.document import refuse
 from nnsight_compiler.files.vocabulary import allowed_attribute
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import FileError, IRError
@@ -19,7 +20,9 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.runtime.names import signature_name
 
-COMPILERS_OWN = frozenset({"At", "Stage", "Cache", "Record", "Applied", "Captured"})
+COMPILERS_OWN = frozenset(
+    {"At", "Stage", "Cache", "Record", "Applied", "Captured", "Prefix", "Release", "Strands", "Strand"}
+)
 """Ops that stand in specialised programs only."""
 
 MAX_LINE, MAX_COLUMN = 2**24, 2**16
@@ -35,13 +38,16 @@ def program_from_json(data: object, where: str) -> Program:
         raise FileError(f"at {where}: it is nested too deeply") from None
 
 
-def check_program(program: Program, where: str, experiment: bool = False, edit: bool = False) -> None:
-    """Refuses a program that the front end cannot have made."""
-    if program.kind == "block" or (program.kind == "edit") is not edit:
+def check_program(
+    program: Program, where: str, experiment: bool = False, edit: bool = False, block: bool = False
+) -> None:
+    """Refuses a program that the front end cannot have made. `experiment`, `edit`, `block`: what it may be."""
+    kinds = ("edit",) if edit else ("experiment", "function", "stage", *(("block",) if block else ()))
+    if program.kind not in kinds:
         refuse(where, f"a file holds experiments, functions and edits, each in its place, not a {program.kind}")
     if edit:
         _check_edit(program, where)
-    if program.target or program.given or program.passes or program.exports:
+    if program.target or program.given or program.passes or (program.exports and program.kind != "block"):
         refuse(where, "it is specialised already, and a file holds programs as they were written")
     if not _is_name(program.name) and program.name != "<lambda>":
         refuse(where, f"{program.name!r:.80} is no name of a function")
@@ -78,7 +84,7 @@ def _check_op(op: Op, where: str, experiment: bool) -> None:
             if scope == "free" and not experiment:
                 refuse(where, "a helper in a file has globals only")
         case ops.Attribute(name=name) | ops.SetAttribute(name=name) | ops.Delete(name=str() as name):
-            if not _is_name(name) or not allowed_attribute(name):
+            if not _is_name(name) or not allowed_attribute(_as_python_reads(name)):
                 refuse(where, f"no file may ask for the attribute {name!r:.80}")
             if not isinstance(op, ops.Attribute) and name.startswith("__"):
                 refuse(where, f"no file may change the attribute {name!r:.80}")
@@ -121,7 +127,7 @@ def _check_parameters(parameters: tuple[Parameter, ...], where: str, exact: bool
     for name in names:
         if not _is_name(name):
             refuse(where, f"{name!r:.80} is no name of a parameter")
-    if len(set(names)) != len(names):
+    if len(set(map(_as_python_reads, names))) != len(names):
         refuse(where, "two parameters have one name")
 
 
@@ -140,4 +146,9 @@ def _check_span(span: Span, where: str) -> None:
 
 
 def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+    return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(_as_python_reads(name))
+
+
+def _as_python_reads(name: str) -> str:
+    """A name as it is in source text, where letters that only look different are one."""
+    return unicodedata.normalize("NFKC", name)

@@ -21,7 +21,8 @@ from nnsight_compiler.compilation import lower_program
 from nnsight_compiler.edits import Edit, check, running
 from nnsight_compiler.files.capture import Capture
 from nnsight_compiler.files.checking import check_program, program_from_json
-from nnsight_compiler.files.format import VERSION, array, fields, mapping, parse, read, refuse, string, write
+from nnsight_compiler.files.document import array, fields, mapping, parse, refuse, string
+from nnsight_compiler.files.format import VERSION, read, write
 from nnsight_compiler.files.kinds import HostOp
 from nnsight_compiler.files.loading import keep_sources, versioned
 from nnsight_compiler.files.namespace import Namespace
@@ -72,6 +73,28 @@ def export_edits(model: NNsight, path: str | os.PathLike[str]) -> SavedEdits:
     if not model._edits:
         raise FileError("this model has no edits to export\n  way out: make one: `with model.edit() as edited:`")
     capture = Capture(edits_of=model._base)
+    document, tensors = edits_document(model, capture)
+    host_ops = edits_from(parse(json.dumps(document, allow_nan=False)), tensors)[1].host_ops  # it can be read back
+    write(path, document, tensors)
+    captured = {name: described(node, capture.objects) for name, node in capture.globals.items()}
+    titles = tuple(f"{edit.program.span.file}:{edit.program.span.line}" for edit in model._edits)
+    saved = SavedEdits(Path(path), Path(path).stat().st_size, titles, captured, host_ops)
+    if host_ops:
+        listed = "\n".join(f"  {call}" for call in host_ops)
+        warnings.warn(
+            f"{saved.path} is local-only, since it calls what is not in the table of known calls:\n{listed}",
+            LocalOnlyWarning,
+            stacklevel=3,
+        )
+    return saved
+
+
+def edits_document(model: NNsight, capture: Capture) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The document and the tensors of a model's edits, captured by an empty `capture` of them.
+
+    Raises:
+        FileError: what they captured has no form in a file.
+    """
     programs = [_captured_as_globals(edit, capture) for edit in model._edits]
     capture.modules.finish()
     if capture.problems:
@@ -86,20 +109,7 @@ def export_edits(model: NNsight, path: str | os.PathLike[str]) -> SavedEdits:
         "objects": capture.objects,
         "sources": sources(capture.programs),
     }
-    tensors = capture.tensors.finish()
-    host_ops = edits_from(parse(json.dumps(document, allow_nan=False)), tensors)[1].host_ops  # it can be read back
-    write(path, document, tensors)
-    captured = {name: described(node, capture.objects) for name, node in capture.globals.items()}
-    titles = tuple(f"{program.span.file}:{program.span.line}" for program in programs)
-    saved = SavedEdits(Path(path), Path(path).stat().st_size, titles, captured, host_ops)
-    if host_ops:
-        listed = "\n".join(f"  {call}" for call in host_ops)
-        warnings.warn(
-            f"{saved.path} is local-only, since it calls what is not in the table of known calls:\n{listed}",
-            LocalOnlyWarning,
-            stacklevel=3,
-        )
-    return saved
+    return document, capture.tensors.finish()
 
 
 def import_edits(model: NNsight, path: str | os.PathLike[str], allow_host_calls: bool = False) -> tuple[Edit, ...]:
@@ -115,21 +125,26 @@ def import_edits(model: NNsight, path: str | os.PathLike[str], allow_host_calls:
     """
     container = read(path)
     try:
-        programs, namespace = edits_from(parse(container.text), container.tensors, model, allow_host_calls)
-        namespace.link()
-        made = []
-        for program in programs:
-            source = running(program)
-            namespace.programs[0] = source
-            lower_program(
-                source, {source.parameters[0].value.name: model}, namespace, {}
-            )  # refuses what is not admitted
-            made.append(_captured_as_values(program, namespace))
+        edits = edits_for(model, parse(container.text), container.tensors, allow_host_calls)
     except FileError as error:
         raise FileError(f"{os.fspath(path)} cannot be imported: {error}") from None
-    edits = tuple(made)
     check(model._with_edits((*model._edits, *edits)))
     return edits
+
+
+def edits_for(
+    model: NNsight, document: object, tensors: Mapping[str, torch.Tensor], allow_host_calls: bool = False
+) -> tuple[Edit, ...]:
+    """The edits of a document, for a model. Raises as `import_edits` does."""
+    programs, namespace = edits_from(document, tensors, model, allow_host_calls)
+    namespace.link()
+    made = []
+    for program in programs:
+        source = running(program)
+        namespace.programs[0] = source
+        lower_program(source, {source.parameters[0].value.name: model}, namespace, {})  # refuses what is not admitted
+        made.append(_captured_as_values(program, namespace))
+    return tuple(made)
 
 
 def edits_from(

@@ -1,7 +1,6 @@
 """The container: a safetensors file whose metadata holds one JSON document. Written whole or not at all, read strictly.
 
-Everything here is said of a file before anything is believed of it: how long its header may be, that each key of an
-object stands once, that numbers are numbers. Tensors are read by safetensors itself.
+A file is measured before anything of it is read. Tensors are read by safetensors itself, the document by `document.py`.
 """
 
 from __future__ import annotations
@@ -13,33 +12,25 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, final
+from typing import Any, final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nnsight_compiler.files.document import KEY, refuse
 from nnsight_compiler.ir.errors import FileError
 from nnsight_compiler.passes.behaviour import words
 
-KEY = "nnsight-compiler"
-"""The entry of the metadata that holds the document."""
 FORMAT = "nnsight-compiler-experiment"
 VERSION = 1
 
 MAX_HEADER = 32 * 2**20
 """Bytes. safetensors itself reads up to 100 MB."""
-MAX_DIGITS = 400
-"""Longer integers are written as text by the serial form of programs, so none stands in a document."""
 _NATIVE = frozenset(
     words("float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2")
 )
 """The dtypes that every version of safetensors which this package accepts can store. Others are stored as bytes."""
-
-
-def refuse(where: str, reason: str) -> NoReturn:
-    """Refuses a document, with the path to what is wrong in it."""
-    raise FileError(f"at {where or 'the top'}: {reason}")
 
 
 @final
@@ -121,102 +112,6 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     except (OSError, ValueError):
         return False
     return len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] <= size - 8
-
-
-def parse(text: str) -> object:
-    """The document in a text, as plain data."""
-    try:
-        return json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_constant=lambda word: refuse("", f"{word} is no number of JSON"),
-            parse_int=_whole,
-        )
-    except RecursionError:
-        raise FileError("the document is nested too deeply") from None
-    except ValueError as error:
-        raise FileError(f"the document is no JSON: {error}") from None
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        refuse("", f"a number has {len(digits)} digits")
-    return int(digits)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        refuse("", f"the key {twice!r:.80} stands twice in one object")
-    return made
-
-
-# --- strict reading of plain data ---
-
-
-def fields(data: object, names: tuple[str, ...], where: str) -> dict[str, Any]:
-    """An object with exactly these fields."""
-    if type(data) is not dict:
-        refuse(where, "expected an object")
-    for key in data:
-        if key not in names:
-            refuse(where, f"unknown field {key!r:.80}")
-    for name in names:
-        if name not in data:
-            refuse(where, f"the field {name!r} is missing")
-    return data
-
-
-def mapping(data: object, where: str) -> dict[str, Any]:
-    """An object with any fields."""
-    if type(data) is not dict:
-        refuse(where, "expected an object")
-    return data
-
-
-def array(data: object, where: str, length: int | None = None) -> list[Any]:
-    """An array, of one length where it is given."""
-    if type(data) is not list or (length is not None and len(data) != length):
-        refuse(where, "expected an array" + ("" if length is None else f" of {length}"))
-    return data
-
-
-def string(data: object, where: str) -> str:
-    """A string that can be written as UTF-8."""
-    if type(data) is not str:
-        refuse(where, "expected a string")
-    try:
-        data.encode()
-    except UnicodeEncodeError:
-        refuse(where, "the string holds half of a surrogate pair")
-    return data
-
-
-def whole(data: object, where: str, low: int = 0, high: int = 2**62) -> int:
-    """A whole number within bounds."""
-    if type(data) is not int or not low <= data <= high:
-        refuse(where, f"expected a whole number from {low} to {high}")
-    return data
-
-
-def truth(data: object, where: str) -> bool:
-    """`true` or `false`."""
-    if type(data) is not bool:
-        refuse(where, "expected true or false")
-    return data
-
-
-def only(data: object, where: str) -> tuple[str, Any]:
-    """The key and the value of an object with one field."""
-    if type(data) is not dict or len(data) != 1:
-        refuse(where, "expected an object with one field")
-    ((key, held),) = data.items()
-    return key, held
-
-
-# --- tensors as they are stored ---
 
 
 def stored(tensor: torch.Tensor) -> torch.Tensor:

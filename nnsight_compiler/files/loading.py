@@ -10,22 +10,15 @@ import inspect
 import linecache
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import CellType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from nnsight_compiler.files.checking import check_program, program_from_json
-from nnsight_compiler.files.format import (
-    FORMAT,
-    VERSION,
-    fields,
-    mapping,
-    parse,
-    read,
-    refuse,
-    string,
-)
+from nnsight_compiler.files.document import fields, mapping, parse, refuse, string
+from nnsight_compiler.files.format import FORMAT, VERSION, read
 from nnsight_compiler.files.namespace import Namespace
 from nnsight_compiler.files.restore import Restore
 from nnsight_compiler.ir import ops
@@ -71,10 +64,47 @@ def experiment_from(
     """The experiment that a document and its tensors stand for."""
     from nnsight_compiler.experiment import Experiment
 
+    code = code_from(document, tensors, Namespace(model, allow_host_calls))
+    function = _signature_of(code.program, code.namespace, code.namespace.cells, code.defaults, "program")
+    function.__qualname__ = code.qualified_name
+    if code.documentation is not None:
+        function.__doc__ = code.documentation
+    return Experiment(function, code.program, code.namespace)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What an experiment's document stands for: its program, the names that it reads, the defaults of its parameters.
+
+    objects: what the document's table of objects was made to, by number.
+    """
+
+    program: Program
+    namespace: Namespace
+    defaults: dict[str, Any]
+    qualified_name: str
+    documentation: str | None
+    objects: Mapping[int, Any]
+
+
+def code_from(
+    document: object,
+    tensors: Mapping[str, torch.Tensor],
+    namespace: Namespace,
+    block: bool = False,
+) -> Code:
+    """Reads the document of an experiment, or of an undecorated block where that may be one.
+
+    Args:
+        namespace: an empty one, which is filled.
+
+    Raises:
+        FileError: it is damaged, or holds what no file may hold.
+    """
     data = fields(versioned(document, FORMAT), _FIELDS, "")
     string(data["producer"], "producer")
     program = program_from_json(data["program"], "program")
-    namespace = Namespace(model, allow_host_calls)
     restore = Restore(data["objects"], tensors, namespace)
     for name, node in mapping(data["globals"], "globals").items():
         restore.bind(_identifier(name, "globals"), node, f"globals.{name}")
@@ -83,17 +113,16 @@ def experiment_from(
         for name, node in mapping(data["closure"], "closure").items()
     }
     namespace.cells.update(cells)
-    check_program(program, "program", experiment=True)
+    check_program(program, "program", experiment=True, block=block)
     defaults = restore.defaults(data["defaults"], program, "defaults")
     restore.finish()
     namespace.programs.insert(0, program)
     namespace.check()
     keep_sources(data["sources"])
-    function = _signature_of(program, namespace, cells, defaults, "program")
-    function.__qualname__ = string(data["qualified_name"], "qualified_name")
-    if data["documentation"] is not None:
-        function.__doc__ = string(data["documentation"], "documentation")
-    return Experiment(function, program, namespace)
+    qualified_name, documentation = string(data["qualified_name"], "qualified_name"), data["documentation"]
+    if documentation is not None:
+        string(documentation, "documentation")
+    return Code(program, namespace, defaults, qualified_name, documentation, restore.made)
 
 
 _LOADED_BY = {
@@ -145,10 +174,22 @@ def _signature_of(
 
 
 MAX_LINES = 2**20
+"""Up to the last that is shown, of all files together."""
+Lines = tuple[int, None, list[str], str]
+"""The lines of a file, as `linecache` has them."""
 
 
 def keep_sources(data: object) -> None:
     """Has errors and tracebacks show the lines of files that are not at hand here."""
+    for file, lines in sources_of(data).items():
+        if file not in linecache.cache and not os.path.exists(file):
+            linecache.cache[file] = lines
+
+
+def sources_of(data: object) -> dict[str, Lines]:
+    """The lines that a document holds, by the names of their files."""
+    found: dict[str, Lines] = {}
+    rest = MAX_LINES
     for file, held in mapping(data, "sources").items():
         where = f"sources[{file!r:.80}]"
         string(file, where)
@@ -157,7 +198,10 @@ def keep_sources(data: object) -> None:
             if not (number.isascii() and number.isdigit() and len(number) < 8 and 0 < int(number) <= MAX_LINES):
                 refuse(where, f"{number!r:.20} is no number of a line")
             lines[int(number)] = string(text, where)
-        if not lines or "\0" in file or file in linecache.cache or os.path.exists(file):
-            continue
-        whole = [lines.get(number, "") + "\n" for number in range(1, max(lines) + 1)]
-        linecache.cache[file] = sum(map(len, whole)), None, whole, file
+        if lines and "\0" not in file:
+            rest -= max(lines)
+            if rest < 0:
+                refuse("sources", f"they are of more than {MAX_LINES:,} lines")
+            whole = [lines.get(number, "") + "\n" for number in range(1, max(lines) + 1)]
+            found[file] = sum(map(len, whole)), None, whole, file
+    return found

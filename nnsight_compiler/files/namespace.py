@@ -13,9 +13,9 @@ from torch import nn
 from nnsight_compiler.compilation import GuardedGlobals, save
 from nnsight_compiler.files import vocabulary
 from nnsight_compiler.files.admission import Findings, admitted, look
-from nnsight_compiler.files.format import refuse
-from nnsight_compiler.files.kinds import ANYTHING, GIVEN, HostOp, Kind, Own, Tree, kind_of
-from nnsight_compiler.files.vocabulary import HostName, KnownName, Space, builtin, name_of
+from nnsight_compiler.files.document import refuse
+from nnsight_compiler.files.kinds import ANYTHING, GIVEN, Computed, Given, HostOp, Instances, Kind, Own, Tree, kind_of
+from nnsight_compiler.files.vocabulary import HostName, KnownName, Space, builtin
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import Diagnostic, FileError
 from nnsight_compiler.ir.program import Program
@@ -39,19 +39,22 @@ class Namespace(GuardedGlobals):
     methods: the programs of captured classes, with the class, or `None` where it takes no object.
     model: the model, where the experiment takes it from around it.
     host_ops: the host calls that can be seen before a model is known.
+    given: what the parameters of the experiment may be; where only data is passed, `COMPUTED`.
     """
 
-    def __init__(self, model: Any, allow_host_calls: bool) -> None:
+    def __init__(self, model: Any, allow_host_calls: bool, given: Given | Computed = GIVEN) -> None:
         super().__init__(__name__="experiment_file")
         self.programs: list[Program] = []
         self.inside: list[Program] = []
-        self.methods: dict[int, tuple[Program, type[nn.Module] | None]] = {}
+        self.methods: dict[int, tuple[Program, type | None]] = {}
         self.member_names: set[str] = set()
         self.modules: list[nn.Module] = []
+        self.instances: list[object] = []
         self.cells: dict[str, CellType] = {}
         self.allow_host_calls = allow_host_calls
         self.host_ops: tuple[HostOp, ...] = ()
         self.model = model
+        self.given = given
         self._waiting: list[tuple[dict[str, Any] | CellType, str, tuple[str, str]]] = []
         self._late: dict[tuple[str, str], Kind] = {}
         self._set: set[tuple[str, str]] = set()
@@ -86,8 +89,8 @@ class Namespace(GuardedGlobals):
                 if isinstance(op, (ops.Global, ops.SetGlobal)):
                     self._require(op)
         found = [
-            look(program, self._kind, True, self.member_names)
-            for program in self.programs
+            look(program, self._kind, True, self.member_names, given=None if number else self.given)
+            for number, program in enumerate(self.programs)
             if id(program) not in self.methods
         ]
         self.host_ops = tuple(admitted([*found, *self._of_methods(True)]))
@@ -113,17 +116,21 @@ class Namespace(GuardedGlobals):
             assert found is not None, "`check` has looked"
             return found
         held = self.cells[name].cell_contents if scope == "free" else self[name]
-        target = name_of(held)
-        if target is not None:
-            return KnownName(target)
         return Own() if held is save else kind_of(held)
 
     def _of_methods(self, deferred: bool) -> list[Findings]:
         found = []
         for program, owner in self.methods.values():
-            receiver = None if owner is None else Tree(tuple(m for m in self.modules if type(m) is owner))
-            found.append(look(program, self._kind, deferred, self.member_names, not deferred, receiver))
+            receiver = None if owner is None else self._objects(owner)
+            strict = None if deferred else ANYTHING
+            found.append(look(program, self._kind, deferred, self.member_names, strict, receiver))
         return found
+
+    def _objects(self, kind: type) -> Kind:
+        """The captured objects of a class of the file."""
+        if issubclass(kind, nn.Module):
+            return Tree(tuple(each for each in self.modules if type(each) is kind))
+        return Instances(kind, tuple(each for each in self.instances if type(each) is kind))
 
     def admit(self, source: Program, specialised: Program) -> None:
         """Refuses a specialised program, before any of it runs, that makes host calls which nobody allowed."""
@@ -133,7 +140,7 @@ class Namespace(GuardedGlobals):
             self._methods_found = self._of_methods(False)
         # What is no program of the file's is a part of one: what it is given comes from the parts before it.
         part = source is not self.programs[0]
-        found = [look(specialised, self._kind, False, self.member_names, strict=part)]
+        found = [look(specialised, self._kind, False, self.member_names, ANYTHING if part else self.given)]
         if found[0].loose:
             self._loose = found[0].loose
         elif part:
@@ -144,7 +151,7 @@ class Namespace(GuardedGlobals):
             reached = waiting.pop()
             if id(reached) not in seen and id(reached) not in self.methods:
                 seen[id(reached)] = reached
-                found.append(look(reached, self._kind, False, self.member_names, strict=True))
+                found.append(look(reached, self._kind, False, self.member_names, ANYTHING))
                 waiting.extend(found[-1].reached)
         self._refuse(admitted([*found, *self._methods_found]))
 

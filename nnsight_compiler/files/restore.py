@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from types import CellType, FunctionType
 from typing import Any, final
 
@@ -12,20 +13,21 @@ from torch import nn
 from nnsight_compiler.compilation import save
 from nnsight_compiler.files import vocabulary
 from nnsight_compiler.files.checking import check_program, program_from_json
-from nnsight_compiler.files.format import array, fields, mapping, only, refuse, string, truth, whole
-from nnsight_compiler.files.modules import METHODS, OWN, TORCH_CLASSES
+from nnsight_compiler.files.classes import METHODS, OBJECT, OF_FILES, PLAIN_METHODS, TORCH_CLASSES, is_constant
+from nnsight_compiler.files.document import array, fields, mapping, only, refuse, string, truth, whole
+from nnsight_compiler.files.kinds import ANYTHING, is_instance, kind_of
+from nnsight_compiler.files.modules import OWN
 from nnsight_compiler.files.namespace import Namespace
-from nnsight_compiler.files.tensors import TensorSource, read_dtype
+from nnsight_compiler.files.values import ValueReader
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import IRError
 from nnsight_compiler.ir.ops import Region
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.serial import literal_from_json
 from nnsight_compiler.ir.values import Literal, Value
 from nnsight_compiler.runtime.functions import generate_function, give_defaults
 from nnsight_compiler.runtime.names import signature_name
+from nnsight_compiler.runtime.tokens import Listener
 
-MAX_DEPTH = 100
 _LATE = ("namespace", "host", "model")
 _MODEL_OPS = (
     ops.Forward, ops.Session, ops.Invoke, ops.Steps, ops.FromEnd, ops.Read, ops.Write, ops.Skip, ops.Save, ops.Stop,
@@ -34,15 +36,12 @@ _MODEL_OPS = (
 
 
 @final
-class Restore:
+class Restore(ValueReader):
     """Builds the objects of one file, each once."""
 
     def __init__(self, entries: object, tensors: Mapping[str, torch.Tensor], namespace: Namespace) -> None:
-        self.entries = array(entries, "objects")
-        self.tensors = TensorSource(dict(tensors))
+        super().__init__(entries, tensors)
         self.namespace = namespace
-        self._made: dict[int, Any] = {}
-        self._open: list[int] = []
 
     def bind(self, name: str, node: object, where: str) -> None:
         """Gives a global its value, at once or when the experiment first runs."""
@@ -59,6 +58,8 @@ class Restore:
     def _named(self, node: object, where: str) -> Any:
         """What a name stands for."""
         kind, held = only(node, where)
+        if kind == "known":
+            return self._known(string(held, where), where)
         return self.numbered(whole(held, where), where) if kind == "object" else self.value(node, where)
 
     def _late(self, place: dict[str, Any] | CellType, name: str, node: object, where: str) -> bool:
@@ -79,70 +80,33 @@ class Restore:
             self.namespace.wait(place, name, kind, held)
         return waits
 
-    def finish(self) -> None:
-        """Builds what nothing has asked for yet, so that all of a file is known to be sound."""
-        for number in range(len(self.entries)):
-            self.numbered(number, f"objects[{number}]")
-        self.tensors.finish()
+    def mentioned(self, found: Any) -> None:
+        """A function in a value may be called without being named."""
+        if isinstance(found, FunctionType):
+            self.namespace.inside.append(found.__program__)  # type: ignore[attr-defined]
 
-    # --- values ---
-
-    def value(self, node: object, where: str, depth: int = 0) -> Any:
-        """The value of a node."""
-        if depth > MAX_DEPTH:
-            refuse(where, f"values are nested more than {MAX_DEPTH} deep")
-        kind, held = only(node, where)
+    def other(self, kind: str, held: object, where: str, depth: int) -> tuple[Any] | None:
+        """Code, by its name."""
         match kind:
-            case "object":
-                found = self.numbered(whole(held, where), where)
-                if isinstance(found, FunctionType):
-                    self.namespace.inside.append(found.__program__)  # type: ignore[attr-defined]
-                return found
-            case "tuple" | "frozenset":
-                parts = [self.value(part, f"{where}[{i}]", depth + 1) for i, part in enumerate(array(held, where))]
-                return tuple(parts) if kind == "tuple" else frozenset(self._hashable(part, where) for part in parts)
-            case "slice":
-                return slice(*(self.value(part, where, depth + 1) for part in array(held, where, 3)))
-            case "range":
-                parts = [self.value(part, where, depth + 1) for part in array(held, where, 3)]
-                if not all(type(part) is int for part in parts) or parts[2] == 0:
-                    refuse(where, "no range is like this")
-                return range(*parts)
-            case "size":
-                return torch.Size([whole(part, where, 0, 2**48) for part in array(held, where)])
-            case "dtype":
-                return read_dtype(held, where)
-            case "device":
-                try:
-                    return torch.device(string(held, where))
-                except RuntimeError:
-                    refuse(where, f"{held!r:.80} is no device")
+            case "known" if held in vocabulary.IN_SIGHT:
+                refuse(where, f"{held} may only be what a name stands for, not part of a value")
             case "known":
-                return self._known(string(held, where), where)
+                return (self._known(string(held, where), where),)
             case "package":
-                return save if held == "save" else refuse(where, f"{held!r:.80} is no function of this package")
+                return (save,) if held == "save" else refuse(where, f"{held!r:.80} is no function of this package")
+            case "listener":
+                return (Listener(whole(held, where, 0, 2**16)),)
             case "method":
                 owner, name = array(held, where, 2)
-                module = self.value(owner, where, depth + 1)
-                method = getattr(module, string(name, where), None) if isinstance(module, nn.Module) else None
+                held = self.value(owner, where, depth + 1)
+                known = isinstance(held, nn.Module) or is_instance(held)
+                method = getattr(held, string(name, where), None) if known else None
                 if not isinstance(getattr(method, "__program__", None), Program):
-                    refuse(where, f"{name!r:.80} is no method of a captured module")
-                return method
+                    refuse(where, f"{name!r:.80} is no method of a captured object")
+                return (method,)
             case _ if kind in _LATE:
                 refuse(where, "this may only be what a name stands for, not part of a value")
-            case _:
-                try:
-                    return literal_from_json(kind, held, where).value
-                except IRError as error:
-                    refuse(where, str(error))
-
-    @staticmethod
-    def _hashable(value: Any, where: str) -> Any:
-        try:
-            hash(value)
-        except TypeError:
-            refuse(where, f"a {type(value).__name__} cannot stand in a set, or be a key")
-        return value
+        return None
 
     @staticmethod
     def _known(target: str, where: str) -> Any:
@@ -153,44 +117,17 @@ class Restore:
             refuse(where, f"{target} is not loaded; import {target.partition('.')[0]} before loading this file")
         return found
 
-    # --- objects ---
-
-    def numbered(self, number: int, where: str) -> Any:
-        """The object of a number, made when it is first asked for."""
-        if number >= len(self.entries):
-            refuse(where, f"there is no object {number}")
-        if number in self._made:
-            return self._made[number]
-        if number in self._open or len(self._open) > MAX_DEPTH:
-            refuse(where, f"the object {number} contains itself, or is nested too deeply")
-        self._open.append(number)
-        made = self._entry(self.entries[number], f"objects[{number}]")
-        self._open.pop()
-        self._made[number] = made
-        return made
-
-    def _entry(self, data: object, where: str) -> Any:
-        kind = mapping(data, where).get("kind")
+    def other_entry(self, kind: object, data: object, where: str) -> Any:
+        """Functions, classes, modules and objects."""
         match kind:
-            case "tensor":
-                return self.tensors.make(data, where)
-            case "list" | "set":
-                items = array(fields(data, ("kind", "items"), where)["items"], f"{where}.items")
-                parts = [self.value(part, f"{where}.items[{i}]") for i, part in enumerate(items)]
-                return parts if kind == "list" else {self._hashable(part, where) for part in parts}
-            case "dict":
-                made = {}
-                for i, item in enumerate(array(fields(data, ("kind", "items"), where)["items"], f"{where}.items")):
-                    at = f"{where}.items[{i}]"
-                    key, held = array(item, at, 2)
-                    made[self._hashable(self.value(key, at), at)] = self.value(held, at)
-                return made
             case "function":
                 return self._function(data, where)
             case "class":
                 return self._class(data, where)
             case "module":
                 return self._module(data, where)
+            case "instance":
+                return self._instance(data, where)
             case _:
                 refuse(where, f"{kind!r:.80} is no kind of object")
 
@@ -210,7 +147,7 @@ class Restore:
         made.__program__ = program  # type: ignore[attr-defined]  # functions take attributes
         made.__qualname__ = string(entry["qualified_name"], f"{where}.qualified_name")
         self.namespace.programs.append(program)
-        self._made[self._open[-1]] = made  # it may be among its own defaults
+        self.made[self._open[-1]] = made  # it may be among its own defaults
         give_defaults(made, program, self.defaults(entry["defaults"], program, f"{where}.defaults"))
         return made
 
@@ -219,39 +156,65 @@ class Restore:
         held = fields(data, tuple(_optional(program)), where)
         return {name: self.value(node, f"{where}.{name}") for name, node in held.items()}
 
-    # --- modules ---
+    # --- classes, modules and objects ---
 
-    def _class(self, data: object, where: str) -> type[nn.Module]:
+    def _class(self, data: object, where: str) -> type:
         entry = fields(data, ("kind", "name", "base", "members"), where)
-        base = self._torch_class(entry["base"], f"{where}.base")
+        plain = entry["base"] == OBJECT
+        base = object if plain else self._torch_class(entry["base"], f"{where}.base")
         name = string(entry["name"], f"{where}.name")
         members: dict[str, Any] = {}
+        owner: list[type] = []
         for member, node in mapping(entry["members"], f"{where}.members").items():
             at = f"{where}.members.{member}"
-            if not member.isidentifier() or member in OWN or (member.startswith("__") and member not in METHODS):
+            special = PLAIN_METHODS if plain else METHODS
+            if not member.isidentifier() or member in OWN or (member.startswith("__") and member not in special):
                 refuse(at, f"{member!r:.80} is no name of a method")
             kind, held = only(node, at)
             value = self.value(held, at)
-            self.namespace.member_names.add(member)
+            if not plain or kind != "value":
+                self.namespace.member_names.add(member)
             if kind != "value" and not isinstance(getattr(value, "__program__", None), Program):
                 refuse(at, "a method is a function of the file")
             match kind:
-                case "method" | "value":
+                case "value" if plain and (not is_constant(value) or member in special):
+                    refuse(at, "a plain class has methods and constants")
+                case "value":
                     members[member] = value
-                case "static":
+                case "method":
+                    members[member] = _of_its_own(value, owner)
+                case "static" if member not in PLAIN_METHODS:
                     members[member] = staticmethod(value)
-                case "property":
-                    members[member] = property(value)
+                case "property" if not plain:
+                    members[member] = property(_of_its_own(value, owner))
                 case _:
                     refuse(at, f"{kind!r:.80} is no kind of member")
-        made = type(name.rpartition(".")[2] or "Module", (base,), {**members, "__module__": "experiment_file"})
+        made = type(name.rpartition(".")[2] or "Module", (base,), {**members, "__module__": OF_FILES})
         made.__qualname__ = name
+        owner.append(made)
         for node, value in zip(entry["members"].values(), members.values(), strict=True):
             (kind,) = node
             function = value.fget if kind == "property" else value.__func__ if kind == "static" else value
             if kind != "value":
                 program = function.__program__
                 self.namespace.methods[id(program)] = program, None if kind == "static" else made
+        return made
+
+    def _instance(self, data: object, where: str) -> object:
+        entry = fields(data, ("kind", "class", "attributes"), where)
+        kind = self.value(entry["class"], f"{where}.class")
+        if not (isinstance(kind, type) and kind.__module__ == OF_FILES and kind.__base__ is object):
+            refuse(f"{where}.class", "this is no plain class of the file")
+        made: object = object.__new__(kind)
+        self.made[self._open[-1]] = made
+        self.namespace.instances.append(made)
+        for name, node in mapping(entry["attributes"], f"{where}.attributes").items():
+            at = f"{where}.attributes.{name}"
+            check_attribute(made, name, at)
+            value = self.value(node, at)
+            if kind_of(value) != ANYTHING:
+                self.namespace.member_names.add(name)  # a call of it is one of what it is now
+            vars(made)[name] = value
         return made
 
     @staticmethod
@@ -269,11 +232,11 @@ class Restore:
             found: Any = self._torch_class(held, f"{where}.class")
         else:
             found = self.value(entry["class"], f"{where}.class")
-            if not (isinstance(found, type) and found.__module__ == "experiment_file"):
+            if not (isinstance(found, type) and found.__module__ == OF_FILES and issubclass(found, nn.Module)):
                 refuse(f"{where}.class", "this is no class of the file")
         made: nn.Module = found.__new__(found)
         nn.Module.__init__(made)
-        self._made[self._open[-1]] = made
+        self.made[self._open[-1]] = made
         self.namespace.modules.append(made)
         made.training = truth(entry["training"], f"{where}.training")
         taken: set[str] = set()
@@ -284,6 +247,8 @@ class Restore:
                 if not name or "." in name or name in OWN or name in taken or name.startswith("__"):
                     refuse(at, f"{name!r:.80} is no name for a part of a module")
                 taken.add(name)
+                if word == "modules":
+                    self.namespace.member_names.add(name)  # a call of it is one of a module
                 part = None if node is None else self.value(node, at)
                 if part is not None and not isinstance(part, wanted):
                     refuse(at, f"a {type(part).__name__} stands where a {wanted.__name__} must")
@@ -301,6 +266,29 @@ class Restore:
             except (AttributeError, TypeError, RuntimeError) as error:
                 refuse(where, f"no {found.__name__} is like this: {error}")
         return made
+
+
+def check_attribute(held: object, name: str, where: str) -> None:
+    """Refuses a name for an attribute of an object that would hide what its class has, or is Python's own."""
+    if not name.isidentifier() or name.startswith("__") or callable(getattr(type(held), name, None)):
+        refuse(where, f"{name!r:.80} is no name for an attribute")
+
+
+def _of_its_own(function: FunctionType, owner: list[type]) -> Any:
+    """A method that takes an object of its class first, and no other: it was admitted for these.
+
+    Args:
+        owner: holds the class, once it is made.
+    """
+
+    @wraps(function)
+    def method(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if type(module) not in owner:
+            (made,) = owner
+            raise TypeError(f"`{made.__qualname__}.{function.__name__}` takes no {type(module).__name__}")
+        return function(module, *args, **kwargs)
+
+    return method
 
 
 def _optional(program: Program) -> list[str]:

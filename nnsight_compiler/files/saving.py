@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FunctionType
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from nnsight_compiler.files.cannot import CannotCaptureError
 from nnsight_compiler.files.capture import Capture
-from nnsight_compiler.files.format import FORMAT, VERSION, parse, write
+from nnsight_compiler.files.document import parse
+from nnsight_compiler.files.format import FORMAT, VERSION, write
 from nnsight_compiler.files.kinds import HostOp
 from nnsight_compiler.files.loading import experiment_from
 from nnsight_compiler.ir.errors import Diagnostic, FileError
@@ -142,7 +144,9 @@ def once(problems: Iterable[Diagnostic]) -> list[Diagnostic]:
     return list(dict.fromkeys(problems))
 
 
+@cache
 def producer() -> str:
+    """The version of this package, as documents name it."""
     try:
         return version("nnsight-compiler")
     except PackageNotFoundError:

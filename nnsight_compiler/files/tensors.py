@@ -11,17 +11,8 @@ from typing import Any, final
 
 import torch
 
-from nnsight_compiler.files.format import (
-    array,
-    dtype_name,
-    fields,
-    refuse,
-    restored,
-    stored,
-    string,
-    truth,
-    whole,
-)
+from nnsight_compiler.files.document import array, fields, refuse, string, truth, whole
+from nnsight_compiler.files.format import dtype_name, restored, stored
 
 MAX_AXES = 64
 
@@ -29,9 +20,13 @@ MAX_AXES = 64
 @final
 class TensorStore:
     """Collects tensors while an experiment is captured. The entries are filled in by `finish`, when it is known which
-    of them share storage."""
+    of them share storage.
 
-    def __init__(self) -> None:
+    prefix: where it is given, tensors are named by it and a number, not by where they were found.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
         self.found: list[tuple[str, torch.Tensor, dict[str, Any]]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
@@ -53,7 +48,7 @@ class TensorStore:
             storages[key].append((name, tensor, entry))
         made: dict[str, torch.Tensor] = {}
         for group in storages.values():
-            data = self._free(group[0][0], made)
+            data = f"{self.prefix}.{len(made)}" if self.prefix else self._free(group[0][0], made)
             made[data] = self._stored(data, group)
         return made
 

@@ -38,7 +38,8 @@ _STANDARD = (
     warnings,
 )  # fmt: skip
 _TORCH = ("torch", "torch.nn", "torch.nn.functional", "torch.special", "torch.linalg", "torch.fft", "torch.cuda",
-          "torch.cuda.amp", "torch.amp", "torch.random")  # fmt: skip
+          "torch.cuda.amp", "torch.amp", "torch.random", "torch.nn.init", "torch.nn.utils", "torch.nn.utils.rnn",
+          "torch.optim", "torch.optim.lr_scheduler", "torch.autograd")  # fmt: skip
 _OTHERS = ("tqdm", "tqdm.auto", "tqdm.std", "tqdm.notebook", "tqdm.asyncio", "einops", "numpy", "numpy.linalg",
            "numpy.random")  # fmt: skip
 """Libraries that may not be there, or not be loaded: imported when an experiment that needs them first runs."""
@@ -58,10 +59,20 @@ DENIED = frozenset(
     words(
         "torch.from_file torch.load torch.save torch.nn.Module.__call__ builtins.vars builtins.open builtins.input "
         "numpy.load numpy.save numpy.savez numpy.savez_compressed numpy.fromfile numpy.loadtxt numpy.savetxt "
-        "numpy.genfromtxt numpy.memmap"
+        "numpy.genfromtxt numpy.memmap operator.attrgetter operator.methodcaller logging.getLogger "
+        "torch.set_num_threads torch.set_num_interop_threads torch.set_default_device torch.set_default_tensor_type "
+        "torch.set_printoptions torch.set_flush_denormal torch.set_warn_always torch.set_anomaly_enabled "
+        "torch.set_deterministic_debug_mode torch.set_float32_matmul_precision torch.set_autocast_enabled "
+        "torch.set_autocast_dtype torch.set_autocast_cache_enabled torch.use_deterministic_algorithms "
+        "torch.cuda.set_device numpy.set_printoptions numpy.seterr numpy.setbufsize numpy.empty numpy.empty_like"
     )
 )
-"""What no file may call, whatever the table says of it: it reaches files, or the insides of objects."""
+"""What no file may call, whatever the table says of it: it reaches files, the insides of objects, or what outlives a
+run: settings, loggers, the memory that numpy keeps of arrays."""
+
+IN_SIGHT = frozenset(f"builtins.{name}" for name in ("getattr", "hasattr", "setattr", "delattr", "type"))
+"""Known calls that look up what a text names, or make classes. A file may only call them by their names, where it can
+be seen with what: they are no values."""
 
 DENIED_METHODS = frozenset({"tofile", "dump", "apply_", "map_", "map2_", "module_load"})
 """The same, of methods."""

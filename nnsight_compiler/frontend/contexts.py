@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal as OneOf
 
 import libcst as cst
-from libcst import matchers
 
 from nnsight_compiler.frontend.trees import dotted_name
 
@@ -51,7 +50,10 @@ def trace_item(node: cst.With) -> int | None:
 
 def _holds_trace(node: cst.With) -> bool:
     """Whether a forward is opened in a `with`: then a `.session()` that opens it is one of ours, and no database's."""
-    return any(
-        isinstance(each, cst.WithItem) and kind_of(each) in ("trace", "generate", "scan")
-        for each in matchers.findall(node, matchers.WithItem())
-    )
+    left: list[cst.CSTNode] = [node]
+    while left:
+        each = left.pop()
+        if isinstance(each, cst.WithItem) and kind_of(each) in ("trace", "generate", "scan"):
+            return True
+        left += each.children
+    return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from nnsight_compiler.frontend.lambdas import lambda_excerpt
 from nnsight_compiler.frontend.syntax import Excerpt
 from nnsight_compiler.frontend.tokens import statement_excerpt
 from nnsight_compiler.ir.errors import SourceNotFoundError
+from nnsight_compiler.ir.lines import lines_of
 
 
 @final
@@ -47,8 +47,7 @@ def source_of(code: CodeType, namespace: Mapping[str, object], what: str) -> Sou
         SourceNotFoundError: it was compiled from a string or typed at a bare prompt.
     """
     file = code.co_filename
-    linecache.checkcache(file)
-    lines: Sequence[str] = linecache.getlines(file, dict(namespace))
+    lines: Sequence[str] = lines_of(file, namespace)
     if not lines and file == "<string>":
         lines = _command_line(code)
     if lines:

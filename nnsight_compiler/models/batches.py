@@ -40,9 +40,8 @@ def concatenated(module: nn.Module, given: Sequence[Given], options: Mapping[str
                 f" {_names(given[0])}"
             )
     where = [place for place, _ in places(*given[0])]
-    leaves = [
-        _joined(place, [pytree.tree_leaves(each)[index] for each in given], axes) for index, place in enumerate(where)
-    ]
+    columns = zip(first[0], *(other[0] for other in others), strict=True)
+    leaves = [_joined(place, column, axes) for place, column in zip(where, columns, strict=True)]
     args, kwargs = pytree.tree_unflatten(leaves, first[1])
     sizes = [each.sizes(*inputs) for each, inputs in zip(axes, given, strict=True)]
     parts, start = [], 0
@@ -54,7 +53,7 @@ def concatenated(module: nn.Module, given: Sequence[Given], options: Mapping[str
     return Batch(args, {**options, **kwargs}, tuple(parts), start, sizes[0][1])
 
 
-def _joined(place: str, values: list[Any], axes: Sequence[InputAxes]) -> Any:
+def _joined(place: str, values: Sequence[Any], axes: Sequence[InputAxes]) -> Any:
     """One argument of all invokes."""
     first = values[0]
     if not isinstance(first, torch.Tensor):
@@ -77,14 +76,14 @@ def _joined(place: str, values: list[Any], axes: Sequence[InputAxes]) -> Any:
                 f"`{place}` of invoke {number} is {_told(value)}, and that of invoke 0 {_told(first)}: they cannot"
                 " stand in one tensor"
             )
-    return torch.cat(values, dim)
+    return torch.cat(list(values), dim)
 
 
 def _beside(value: torch.Tensor, dim: int) -> tuple[int, ...]:
     return (*value.shape[:dim], *value.shape[dim + 1 :])
 
 
-def _other(first: Any, values: list[Any]) -> Any:
+def _other(first: Any, values: Sequence[Any]) -> Any:
     return next(value for value in values if type(value) is not type(first) or value != first)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import nn
@@ -20,6 +20,19 @@ HUB_OPTIONS = ("revision", "cache_dir", "token", "subfolder", "local_files_only"
 
 _FORM_OPTIONS = ("attn_implementation", "trust_remote_code")
 """Options that say which modules the model is made of."""
+
+
+class Source(Protocol):
+    """Where a model comes from that is not in memory yet."""
+
+    def empty(self) -> nn.Module:
+        """The model without its weights, on the meta device."""
+
+    def load(self) -> nn.Module:
+        """The model with its weights."""
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that belongs to it."""
 
 
 def tiny_folder() -> Path:

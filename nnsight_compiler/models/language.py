@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,12 +16,15 @@ from torch import nn
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models.aliases import Rename
 from nnsight_compiler.models.batches import own_lengths, padded
-from nnsight_compiler.models.checkpoint import Checkpoint, locate
+from nnsight_compiler.models.checkpoint import Source, locate
 from nnsight_compiler.models.nnsight import NNsight
 from nnsight_compiler.models.padding import padding_position, require_padding_harmless
 from nnsight_compiler.models.positions import Position, PositionError, find, of_ids, of_text
 from nnsight_compiler.models.prompts import PromptError, encode
 from nnsight_compiler.passes.rows import Batch
+
+if TYPE_CHECKING:
+    from nnsight_compiler.remote.served_models import ServedCheckpoint
 
 _withheld: ContextVar[bool] = ContextVar("withheld", default=False)
 
@@ -51,11 +54,13 @@ class LanguageModel(NNsight):
         source: a repository of the hub, a local folder, a GGUF file, `"tiny"` for the model that comes with this
             package, or a transformers model in memory (wrapped as it is).
         tokenizer: the tokenizer, where the one beside the weights is not the one meant. Never changed.
+        remote: `True`, or the URL of a service that holds the weights: names, modules and tokenizer come from there,
+            and every trace runs there. The source is the model's name at the service.
         rename: names of one's own for modules, as for `NNsight`.
         dtype, device_map, options: as in `from_pretrained` of transformers.
     """
 
-    _checkpoint: Checkpoint | None
+    _checkpoint: Source | None
     _loaded: bool
     _lock: RLock
     _given_tokenizer: Any
@@ -68,13 +73,20 @@ class LanguageModel(NNsight):
         device_map: Any = None,
         dispatch: bool = False,
         rename: Rename | None = None,
+        remote: bool | str | None = None,
         **options: Any,
     ) -> None:
         if device_map is not None:
             options["device_map"] = device_map
-        if isinstance(source, str | Path):
+        if remote is not None and remote is not False:
+            served = _served(source, remote, [*["dtype"] * (dtype is not None), *["dispatch"] * dispatch, *options])
+            super().__init__(served.empty(), rename)
+            self._source, self._host = served.name, served.host
+            self._checkpoint, self._loaded = served, False
+        elif isinstance(source, str | Path):
             checkpoint = locate(source, dtype, options)
             super().__init__(checkpoint.empty(), rename)
+            self._source = str(source)
             self._checkpoint, self._loaded = checkpoint, False
         else:
             if dtype is not None or options:
@@ -124,6 +136,9 @@ class LanguageModel(NNsight):
         text = texts[row or 0] if isinstance(texts, list | tuple) else None
         known = of_text(self.tokenizer, text, ids) if isinstance(text, str) else of_ids(self.tokenizer, ids)
         return find(words, *known, occurrence, [self.tokenizer.decode([token]) for token in ids])
+
+    def _renamed(self, rename: Rename) -> LanguageModel:
+        return LanguageModel(self._ready(), tokenizer=self.tokenizer, rename=rename)
 
     def _ready(self) -> nn.Module:
         if not self._loaded:
@@ -208,6 +223,23 @@ class LanguageModel(NNsight):
                 if isinstance(value, int) and value >= 0:
                     return value
         return 0
+
+
+def _served(source: object, remote: bool | str, options: Sequence[str]) -> ServedCheckpoint:
+    """A model whose weights are at a service, which loaded them as it saw fit."""
+    if not isinstance(source, str):
+        raise ModelError(
+            f"with `remote=`, a model is named as its service names it, and this is {type(source).__name__}\n"
+            "  way out: give the name; a model in memory goes without `remote=`, which its traces can say"
+        )
+    if options:
+        raise ModelError(
+            f"{', '.join(options)}: options for loading, given with a model that a service has loaded\n"
+            "  way out: leave them out"
+        )
+    from nnsight_compiler.remote.served_models import ServedCheckpoint  # it is built on this module
+
+    return ServedCheckpoint(source, remote)
 
 
 def _input_device(module: nn.Module) -> torch.device | None:

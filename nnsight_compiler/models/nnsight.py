@@ -15,6 +15,7 @@ from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models import generation
 from nnsight_compiler.models.aliases import Aliases, Rename, bind
 from nnsight_compiler.models.view import ModuleView, describe
+from nnsight_compiler.runtime.signatures import forward_parameters
 
 if TYPE_CHECKING:
     from nnsight_compiler.block import Trace
@@ -40,7 +41,15 @@ GENERATION_ARGUMENTS = frozenset(
 """Arguments of `generate` which a single forward would ignore or choke on."""
 
 REMOTE_ARGUMENTS = frozenset({"remote", "blocking", "backend", "serve"})
-"""Arguments that send a trace elsewhere in other libraries."""
+"""Arguments that send a trace elsewhere, here or in other libraries. The first two are taken off before a trace is
+compiled, where they say where a whole experiment runs."""
+
+
+EDITS_GO_ALONG = (
+    ": an edit runs wherever the traces of the edited model do\n"
+    "  way out: say `remote=` in these traces, as in `edited.trace(…, remote=True)`; the edit goes along"
+)
+"""What is told to who wants an edit to run elsewhere."""
 
 
 class TraceArgumentError(ModelError, TypeError):
@@ -56,10 +65,13 @@ class NNsight(ModuleView):
     """
 
     _wrapped: nn.Module
+    _source: str
+    _rename: Rename
     _aliases: Aliases
     _edits: tuple[Edit, ...]
     _origin: NNsight | None
     _tokens: dict[tuple[int, ...], tuple[int, tuple[Program, ...]]]
+    _host: str | None
 
     def __init__(self, module: nn.Module, rename: Rename | None = None) -> None:
         if isinstance(module, ModuleView):
@@ -68,10 +80,13 @@ class NNsight(ModuleView):
             raise ModelError(f"a torch.nn.Module is needed, not {type(module).__name__}")
         super().__init__(self, "")
         self._wrapped = module
+        self._source = ""
         self._origin, self._edits = None, ()
-        self._aliases = bind(module, rename or {}, type(self))
+        self._rename = {**rename} if rename else {}
+        self._aliases = bind(module, self._rename, type(self))
         self._attached: set[str] = set()
         self._tokens = {}
+        self._host = None
 
     def _attach(self, path: str, gone: bool = False) -> None:
         """Notes a module that was attached or taken away: what was compiled for this model before is compiled anew."""
@@ -121,12 +136,23 @@ class NNsight(ModuleView):
         view._origin, view._edits = self._base, edits
         return view
 
-    def edit(self, *, inplace: bool = False) -> EditContext:
+    def _renamed(self, rename: Rename) -> NNsight:
+        """The same module, with other names of one's own."""
+        return type(self)(self._ready(), rename=rename)
+
+    def edit(self, *, inplace: bool = False, **elsewhere: Any) -> EditContext:
         """An edited view: `with model.edit() as edited:` and a body that reads and writes the model's internals, which
         runs first in every forward of `edited`. It shares the weights, and the model itself stays as it is; with
-        `inplace`, the model itself is edited."""
+        `inplace`, the model itself is edited.
+
+        Raises:
+            TraceArgumentError: it is given something else, such as `remote=`.
+        """
         from nnsight_compiler.edits import EditContext  # it is built on this module
 
+        if elsewhere:
+            told = EDITS_GO_ALONG if elsewhere.keys() <= REMOTE_ARGUMENTS else ""
+            raise TraceArgumentError(f"`edit` takes no argument but `inplace` ({', '.join(elsewhere)}){told}")
         return EditContext(self, inplace)
 
     @property
@@ -162,38 +188,40 @@ class NNsight(ModuleView):
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """One forward of the model: `with model.trace(inputs):` and a body that reads and writes its internals."""
-        self._check_arguments("trace", kwargs.keys())
-        from nnsight_compiler.block import Trace  # it is built on this module
-
-        return Trace(self, "trace", args, kwargs)
+        return self._traced("trace", args, kwargs)
 
     def scan(self, *args: Any, **kwargs: Any) -> Trace:
         """The same on tensors without data: `with model.scan(inputs):` checks shapes, dtypes, names and indices. No
         weights are loaded, and what is saved has a shape, a dtype and a device."""
-        self._check_arguments("scan", kwargs.keys())
-        from nnsight_compiler.block import Trace  # it is built on this module
-
-        return Trace(self, "scan", args, kwargs)
+        return self._traced("scan", args, kwargs)
 
     def session(self, *args: Any, **kwargs: Any) -> Trace:
         """Several traces as one program: `with model.session():` and traces inside it, whose values flow from one to
         the next without being saved."""
+        from nnsight_compiler.block import Trace  # it is built on this module
+        from nnsight_compiler.remote.routing import checked
+
+        route = checked(kwargs.pop("remote", self._host), kwargs.pop("blocking", True))
         if args or kwargs:
             named = ", ".join((*map(repr, args), *kwargs))
-            raise TraceArgumentError(
-                f"`.session()` takes no arguments ({named}): its traces run in this process, one after the other"
-            )
-        from nnsight_compiler.block import Trace  # it is built on this module
-
-        return Trace(self, "session", (), {})
+            raise TraceArgumentError(f"`.session()` takes no arguments but `remote=` and `blocking=` ({named})")
+        return Trace(self, "session", (), {}, route)
 
     def generate(self, *args: Any, **kwargs: Any) -> Trace:
         """A generation: `with model.generate(prompt, max_new_tokens=5) as tracer:` and a body that takes part in its
         steps. Arguments are those of `generate` of the torch module, and `seed` and `on_token`."""
-        self._check_arguments("generate", kwargs.keys())
-        from nnsight_compiler.block import Trace  # it is built on this module
+        return self._traced("generate", args, kwargs)
 
-        return Trace(self, "generate", args, kwargs)
+    def _traced(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        from nnsight_compiler.block import Trace  # it is built on this module
+        from nnsight_compiler.remote.routing import checked
+
+        if method == "scan" and "remote" in kwargs:
+            raise TraceArgumentError("`scan` takes no remote: it needs no weights, and runs here")
+        home = None if method == "scan" else self._host
+        route = checked(kwargs.pop("remote", home), kwargs.pop("blocking", True))
+        self._check_arguments(method, kwargs.keys())
+        return Trace(self, method, args, kwargs, route)
 
     def _check_arguments(self, method: str, names: Collection[str]) -> None:
         """Refuses what would otherwise be ignored.
@@ -204,8 +232,7 @@ class NNsight(ModuleView):
         if method == "generate":
             elsewhere = sorted(REMOTE_ARGUMENTS & set(names))
             if elsewhere:
-                reason = f"`generate` takes no {', '.join(elsewhere)}: experiments run in this process only"
-                raise TraceArgumentError(reason)
+                raise TraceArgumentError(_elsewhere("generate", elsewhere))
             generation.check_arguments(self._wrapped, names, self._forward_parameters())
             return
         wrong = sorted(GENERATION_ARGUMENTS & set(names) - self._forward_parameters().keys())
@@ -215,9 +242,7 @@ class NNsight(ModuleView):
             )
         elsewhere = sorted(REMOTE_ARGUMENTS & set(names))
         if elsewhere:
-            raise TraceArgumentError(
-                f"`{method}` takes no {', '.join(elsewhere)}: experiments run in this process only"
-            )
+            raise TraceArgumentError(_elsewhere(method, elsewhere))
         known = self._keywords()
         wrong = [] if known is None else sorted(set(names) - known)
         if known is not None and wrong:
@@ -319,9 +344,16 @@ class NNsight(ModuleView):
                 return None
         return frozenset(named)
 
-    def _forward_parameters(self) -> dict[str, inspect.Parameter]:
+    def _forward_parameters(self) -> Mapping[str, inspect.Parameter]:
         """The parameters that the torch module's forward names."""
-        return dict(inspect.signature(self._wrapped.forward).parameters)
+        return forward_parameters(self._wrapped)
+
+
+def _elsewhere(method: str, names: Sequence[str]) -> str:
+    return (
+        f"`{method}` takes no {', '.join(names)} here: `remote=` is said in a trace of the experiment itself, or where"
+        " it is called: `experiment(…, remote=True)`"
+    )
 
 
 def _passed_on() -> set[str]:

@@ -19,6 +19,9 @@ from nnsight_compiler.runtime.shadow import Reals, generators_kept, has_weights,
 _found: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 """The largest difference that was found, as a part of the largest value."""
 
+_positions: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+"""What `padding_position` found; to look through all modules takes as long as a small forward."""
+
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 """Differences up to that part of the largest value are those of rounding; in shorter formats, a tenth."""
 
@@ -69,10 +72,14 @@ def _difference(model: Any, module: nn.Module, padding_id: int) -> float:
 def padding_position(module: nn.Module) -> int | None:
     """The token that is padding to a model which counts positions by looking for it, as RoBERTa does: such a model is
     given no positions."""
-    for name, part in module.named_modules():
-        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding) and part.padding_idx is not None:
-            return part.padding_idx
-    return None
+    if module not in _positions:
+        looked_for = (
+            part.padding_idx
+            for name, part in module.named_modules()
+            if name.endswith("position_embeddings") and isinstance(part, nn.Embedding)
+        )
+        _positions[module] = next((each for each in looked_for if each is not None), None)
+    return _positions[module]
 
 
 def _first(output: Any) -> torch.Tensor:

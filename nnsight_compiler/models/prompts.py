@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nnsight_compiler.ir.errors import ModelError
+from nnsight_compiler.runtime.prompts import remembered
 
 Tokenizer = Callable[..., Any]
 _FORMS = (
@@ -51,7 +52,7 @@ def encode(prompt: object, tokenizer: Callable[[], Any], padding_id: int, takes:
 
 
 def _tokenized(texts: list[str], tokenizer: Any, takes: Collection[str]) -> dict[str, list[list[int]]]:
-    encoded = tokenizer(texts)
+    encoded = remembered(tokenizer, texts, tuple(texts))
     return {name: rows for name, rows in encoded.items() if name in takes}
 
 
