@@ -1,120 +1,151 @@
-"""Runs the benchmarks, each in a process of its own, and writes JSON and Markdown into `benchmarks/results/`."""
+"""Runs the benchmarks, each in a process of its own, and writes JSON and Markdown into `benchmarks/results/`.
+
+python benchmarks/run.py                                     all of them
+python benchmarks/run.py --only S1 S3 --rounds 3             some, in so many rounds
+python benchmarks/run.py --only S1 --libraries ours nnsight  against some of the peers
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tables
+from contest import DISTRIBUTIONS
+from gpt2 import SIZES
+from workloads import WORKLOADS
+
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+LIBRARIES = tuple(DISTRIBUTIONS)
+PARTS = (*WORKLOADS, "memory_budget", "own_time", "call_cost", "compile_time")
 
 
-def run(interpreter: str, script: str) -> dict[str, Any]:
-    """The JSON that a benchmark prints."""
-    print(f"running {script}", flush=True)
-    finished = subprocess.run([interpreter, str(HERE / script)], stdout=subprocess.PIPE, text=True, check=False)
-    if finished.returncode != 0:
-        sys.exit(f"{script} failed")
-    return dict(json.loads(finished.stdout))
+def interpreter(library: str) -> Path:
+    """What runs a library: ours is installed here, each peer in an environment of its own."""
+    return Path(sys.executable) if library == "ours" else HERE / f".venv-{library}" / "bin" / "python"
 
 
-def interval(value: Mapping[str, float]) -> str:
-    return f"{value['median']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def load(result: Mapping[str, Any]) -> str:
-    before, after = (", ".join(map(str, result[when]["load_average"])) for when in ("before", "after"))
-    return f"Load average before: {before}; after: {after}; {result['before']['cores']} cores; one thread."
-
-
-def call_cost(ours: Mapping[str, Any], peer: Mapping[str, Any] | None) -> str:
-    """The call-cost table. A peer has its own process, so its column is what it adds to the bare forward there."""
-    rows = [
-        [
-            case["stack"],
-            case["case"],
-            f"{case['bare_us']:.1f}",
-            interval(case["hooks_added_us"]),
-            interval(case["ours_added_us"]),
-            interval(case["ours_minus_hooks_us"]),
-            f"{case['bound_us']:.1f}",
-            "yes" if case["within_bound"] else "**no**",
-        ]
-        for case in ours["cases"]
-    ]
-    header = ["stack", "case", "bare forward", "hooks add", "ours adds", "ours − hooks", "bound", "within"]
-    parts = [
-        "# Cost of a call beyond the bare forward",
-        "Microseconds of wall time, medians of paired differences with their 95 % intervals"
-        f" ({ours['cases'][0]['rounds']} rounds). {load(ours)} torch {ours['torch']}.",
-        table(header, rows),
-        "## nnsight, in a process of its own",
-    ]
-    if peer is None:
-        parts.append("Left out: nnsight could not be installed here.")
-    else:
-        peer_rows = [
-            [
-                case["case"],
-                f"{case['bare_us']:.1f}",
-                interval(case["hooks_added_us"]),
-                interval(case["nnsight_added_us"]),
-            ]
-            for case in peer["cases"]
-        ]
-        parts.append(f"nnsight {peer['nnsight']}, torch {peer['torch']}. {load(peer)}")
-        parts.append(table(["case", "bare forward", "hooks add", "nnsight adds"], peer_rows))
-    return "\n\n".join(parts) + "\n"
-
-
-def compile_time(result: Mapping[str, Any]) -> str:
-    """The compile-time table."""
-    keys = ["libcst_ms", "lower_ms", "compile_ms", "total_ms", "total_max_ms", "cpu_ms"]
-    rows = [[str(row["lines"]), *(f"{row[key]:.2f}" for key in keys)] for row in result["lengths"]]
-    header = [
-        "lines",
-        "libcst alone",
-        "lower",
-        "passes and code",
-        "total",
-        "slowest total",
-        "CPU",
-    ]
-    return "\n\n".join(
-        [
-            "# Compile time in a warm process",
-            f"Milliseconds, medians of {result['repeats']} compilations, each of a new file. {load(result)}",
-            table(header, rows) + "\n",
-        ]
+def start(command: Sequence[object]) -> str:
+    """What a script prints. Threads that wait do not spin, so that processor time is work."""
+    surroundings = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    finished = subprocess.run(
+        [str(part) for part in command], stdout=subprocess.PIPE, text=True, env=surroundings, check=False
     )
+    if finished.returncode != 0:
+        sys.exit(f"{command[1]} failed")
+    return finished.stdout
+
+
+def script(name: str, *options: str, library: str = "ours") -> dict[str, Any]:
+    """The JSON that a benchmark prints."""
+    print(f"running {name}", flush=True)
+    return dict(json.loads(start([interpreter(library), HERE / f"{name}.py", *options])))
+
+
+def contest(workload: str, library: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One workload in one library, against hooks."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        limits = ["--seconds", options.seconds] + (["--rounds", options.rounds] if options.rounds else [])
+        start(
+            [
+                *(interpreter(library), HERE / "contest.py", library, output),
+                *("--size", options.size, "--workloads", workload, *limits),
+            ]
+        )
+        return dict(json.loads(output.read_text()))
 
 
 def write(name: str, data: object, text: str) -> None:
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
-    (folder / f"{name}.md").write_text(text)
-    print(f"\n{text}")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(text)
+    print(f"\n{text}", flush=True)
+
+
+def run_workloads(names: Sequence[str], libraries: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """Runs workloads and writes them beside those that were run before; what is out of its bound."""
+    table = "workloads" if options.size == "small" else f"workloads_{options.size}"
+    file = RESULTS / f"{table}.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for name in names:
+        results[name] = {library: contest(name, library, options) for library in libraries}
+        prints = [result["fingerprint"] for result in results[name].values()]
+        if any(abs(a - b) > 1e-2 for other in prints for a, b in zip(prints[0], other, strict=True)):
+            sys.exit(f"{name}: the libraries did not run the same model")
+    results = {name: results[name] for name in sorted(results)}
+    write(table, results, tables.workloads(results))
+    return [fault for name in names if options.size == "small" for fault in tables.faults(name, results[name])]
+
+
+def run_memory_budget(options: argparse.Namespace) -> list[str]:
+    result = script("memory_budget", "--size", options.size)
+    write("memory_budget", result, tables.memory_budget(result))
+    return [f"memory_budget: {case['workload']} with {case['budget']}" for case in tables.over_budget(result)]
+
+
+def run_own_time(options: argparse.Namespace) -> list[str]:
+    result = script("own_time")
+    write("own_time", result, tables.own_time(result))
+    return [f"own_time: {case['case']}" for case in result["cases"] if case["within_bound"] is False]
+
+
+def run_call_cost(options: argparse.Namespace) -> list[str]:
+    ours = script("call_cost")
+    peer = script("peer_nnsight", library="nnsight") if "nnsight" in options.libraries else None
+    write("call_cost", {"ours": ours, "nnsight": peer}, tables.call_cost(ours, peer))
+    return [f"call_cost: {case['stack']}, {case['case']}" for case in ours["cases"] if not case["within_bound"]]
+
+
+def run_compile_time(options: argparse.Namespace) -> list[str]:
+    result = script("compile_time")
+    write("compile_time", result, tables.compile_time(result))
+    return [f"compile_time: S1, {row['positions']} positions" for row in result["sweeps"] if not row["within_bound"]]
+
+
+OTHERS: Mapping[str, Callable[[argparse.Namespace], list[str]]] = {
+    "memory_budget": run_memory_budget,
+    "own_time": run_own_time,
+    "call_cost": run_call_cost,
+    "compile_time": run_compile_time,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", default="", help="an interpreter that has nnsight; left out where it does not exist")
-    peer_python = parser.parse_args().peer
-    ours = run(sys.executable, "call_cost.py")
-    peer = run(peer_python, "peer_nnsight.py") if Path(peer_python).is_file() else None
-    write("call_cost", {"ours": ours, "nnsight": peer}, call_cost(ours, peer))
-    compiling = run(sys.executable, "compile_time.py")
-    write("compile_time", compiling, compile_time(compiling))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; otherwise all")
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES, help="otherwise all")
+    parser.add_argument("--without-peers", action="store_true", help="ours and hooks alone")
+    parser.add_argument("--size", choices=SIZES, default="small", help="tiny shows that all of it works")
+    parser.add_argument("--rounds", type=int, help="of each workload, instead of as many as fit the seconds")
+    parser.add_argument("--seconds", type=float, default=60.0, help="about how long each workload and library is timed")
+    options = parser.parse_args()
+    if options.without_peers:
+        options.libraries = ("ours",)
+    for library in options.libraries:
+        if not interpreter(library).is_file():
+            print(
+                f"{library} is not installed in {interpreter(library).parent.parent}: it is left out", file=sys.stderr
+            )
+    options.libraries = [
+        library for library in LIBRARIES if library in options.libraries and interpreter(library).is_file()
+    ]
+    faults = []
+    if names := [name for name in WORKLOADS if name in options.only]:
+        faults += run_workloads(names, options.libraries, options)
+    for name, part in OTHERS.items():
+        if name in options.only:
+            faults += part(options)
+    if faults:
+        sys.exit("out of bounds:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
 if __name__ == "__main__":
