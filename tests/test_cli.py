@@ -191,6 +191,31 @@ def test_run_returns_what_hooks_by_hand_return(nnsightc, file: Path) -> None:
     assert torch.allclose(torch.tensor(tensor["values"]), expected, atol=1e-5)
 
 
+def test_run_and_explain_take_the_options_of_with_options(nnsightc, file: Path) -> None:
+    given = ("--arg", f"clean={CLEAN}", "--arg", f"corrupt={CORRUPT}", "--arg", "layer=1")
+    arguments = [f"{file}:patch", "--model", "tiny", *given, "--json"]
+    plain = json.loads(nnsightc("explain", *arguments).out)
+    left = json.loads(nnsightc("explain", *arguments, "--without", "narrow,stop_early", "--padding").out)
+    assert plain != left
+    assert json.loads(nnsightc("explain", *arguments, "--without", "share_prefixes").out) == plain
+    for options in (["--without", "all"], ["--memory-budget", "2 GiB", "--padding"], ["--memory-budget", "100000"]):
+        other = nnsightc("run", *arguments, *options)
+        assert other.code == 0, other.err
+        assert torch.allclose(torch.tensor(json.loads(other.out)["values"]), by_hand(layer=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["run", "explain"])
+def test_options_that_there_are_not(nnsightc, file: Path, command: str) -> None:
+    arguments = [command, f"{file}:shout", "--model", "tiny", "--arg", "prompt=a"]
+    text = refused(nnsightc(*arguments, "--without", "stop_early,narow"))
+    assert "there is no optimisation 'narow'" in text
+    assert "did you mean 'narrow'?" in text
+    text = refused(nnsightc(*arguments, "--memory-budget", "much"))
+    assert "memory_budget='much' is no amount of memory" in text
+    assert "write bytes, or text such as '2 GiB'" in text
+    assert "memory_budget=0 is no amount of memory" in refused(nnsightc(*arguments, "--memory-budget", "0"))
+
+
 def test_run_passes_literals_and_strings(nnsightc, file: Path) -> None:
     assert nnsightc("run", f"{file}:double", "--arg", "x=21").out == "42\n"
     assert nnsightc("run", f"{file}:double", "--arg", "x=hello").out == "'hellohello'\n"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import nnsight_compiler
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = {
     "nnsight_compiler": "nnsight_compiler",
@@ -70,3 +72,11 @@ def test_the_two_links_lead_to_the_folders_at_the_top() -> None:
         link = ROOT / "nnsight_compiler" / name
         assert link.is_symlink()
         assert link.resolve() == (ROOT / name).resolve()
+
+
+def test_the_names_of_the_package_are_there_when_they_are_asked_for() -> None:
+    assert set(nnsight_compiler.__all__) <= set(dir(nnsight_compiler))
+    for name in nnsight_compiler.__all__:
+        assert getattr(nnsight_compiler, name) is vars(nnsight_compiler)[name]
+    with pytest.raises(AttributeError, match="module 'nnsight_compiler' has no attribute 'intervenes'"):
+        _ = nnsight_compiler.intervenes

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import linecache
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from executing_service import executing_service
 
 from nnsight_compiler import ExperimentError, LanguageModel
 
@@ -20,8 +22,11 @@ RUN = [name for name, text in PAGES.items() if "```python prelude\n" in text]
 BLOCK = re.compile(r"^```python( prelude)?\n(.*?)^```$(?:\n\n```\n(.*?)\n```$)?", re.DOTALL | re.MULTILINE)
 """A block of code, whether the blocks after it see its names, and what it prints or raises."""
 
-UNTESTED = ["axes", "differences", "files", "getting-started", "ir", "models", "notebooks", "passes"]
+UNTESTED = ["axes", "differences", "files", "getting-started", "ir", "models", "notebooks", "passes", "service"]
 """Pages without a prelude: their code needs what is not here, or has a test of another kind."""
+
+ELSEWHERE = ["remote"]
+"""Pages whose code runs on a service."""
 
 IDIOM = re.compile(r"\| `([^`]*)` \|$", re.MULTILINE)
 SECTIONS = ("In a trace", "Around a trace", "Whole experiments")
@@ -70,6 +75,12 @@ def test_the_pages_are_read_whole() -> None:
         assert sum(bool(match[3]) for match in matches) == text.count("\n```\n\n```\n"), page
 
 
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with executing_service(tmp_path_factory.mktemp("service") / "state") as (url, _):
+        yield url
+
+
 @pytest.mark.parametrize(("page", "block"), blocks())
 def test_what_the_pages_show(
     page: str,
@@ -77,8 +88,11 @@ def test_what_the_pages_show(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if page in ELSEWHERE:
+        monkeypatch.setenv("NNSIGHT_HOST", request.getfixturevalue("service"))
     scope = dict(common(page, block.start()))
     line, told = line_of(block), block[3]
     capsys.readouterr()

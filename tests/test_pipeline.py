@@ -30,7 +30,7 @@ from nnsight_compiler import (
     save,
 )
 from nnsight_compiler.cache import Cache
-from nnsight_compiler.compilation import PASSES, lower_program, observed
+from nnsight_compiler.compilation import PASSES, lower_program
 from nnsight_compiler.frontend import lower_file, lower_function
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.parser import parse_program
@@ -39,25 +39,39 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.serial import from_json, to_json
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.ir.verifier import verify
+from nnsight_compiler.observations import observed
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
 from nnsight_compiler.passes.eliminate_dead_saves import eliminate_dead_saves
 from nnsight_compiler.passes.fill_caches import fill_caches
+from nnsight_compiler.passes.fuse_calls import fuse_calls
+from nnsight_compiler.passes.hoist_forwards import hoist_forwards
 from nnsight_compiler.passes.infer import infer
 from nnsight_compiler.passes.manager import DEBUG_VARIABLE, PassResult
+from nnsight_compiler.passes.merge_forwards import merge_forwards
+from nnsight_compiler.passes.merge_straight_forwards import merge_straight_forwards
+from nnsight_compiler.passes.narrow import narrow
+from nnsight_compiler.passes.narrow_saves import narrow_saves
 from nnsight_compiler.passes.place import place
 from nnsight_compiler.passes.record_gradients import record_gradients
+from nnsight_compiler.passes.remarks import Remarks
 from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.shapes import Surroundings
+from nnsight_compiler.passes.share_prefixes import share_prefixes
 from nnsight_compiler.passes.sites import Order, check_sites
 from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Subject, specialise
+from nnsight_compiler.passes.stop_early import stop_early
+from nnsight_compiler.passes.unite_forwards import unite_forwards
+from nnsight_compiler.positions_apart import positionwise_of
 from nnsight_compiler.shapes import extent_of
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [*sorted((ROOT / "examples").glob("*.py")), ROOT / "nnsight_compiler" / "demo" / "experiments.py"]
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
+PROGRAM = re.compile(r"@intervene|\.(trace|generate|session|scan|edit)\(")
+TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py") if PROGRAM.search(path.read_text(encoding="utf-8")))
+"""Those in which a program may stand: to parse a file takes seconds."""
 EXPERIMENTS = [path for path in SHIPPED if path.stem != "train_tiny_model"]
 PAGE = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```ir\n(.*?)```", PAGE, re.DOTALL)
@@ -113,7 +127,7 @@ ARGUMENTS: Mapping[str, Any] = {
     "prompt": CLEAN, "clean": CLEAN, "corrupt": CORRUPT, "towards": CLEAN, "away": CORRUPT, "layer": 1, "position": -1,
     "positions": (0, 2), "answer": 5, "other": 7, "vector": torch.ones(2, 128), "strength": 0.5, "unit": 3,
     "advance": lambda: None, "head": 1, "query": -1, "key": 2, "tokens": 2, "sparsity": 0.1, "layers": (0, 2),
-    "clean_subject": "Eiffel Tower", "corrupt_subject": "Space Needle",
+    "prompts": [CLEAN, CORRUPT], "clean_subject": "Eiffel Tower", "corrupt_subject": "Space Needle",
 }  # fmt: skip
 
 
@@ -160,9 +174,13 @@ def test_every_stage_of_every_experiment(path: Path, name: str, monkeypatch: pyt
     experiment = namespace(path)[name]
     lowered = experiment.lower(**call(experiment))
     assert tuple(stage for stage, _ in lowered.stages) == PASSES
+    before = None
     for number, (_, program) in enumerate(lowered.stages):
-        check(program)
+        if before is None or dataclasses.replace(program, passes=before.passes) != before:
+            check(program)
         assert program.passes == PASSES[: number + 1]
+        before = program
+    check(program)
     assert lowered.stages[-1][1] == lowered.program
     source = lowered.compile().source
     assert any(isinstance(each, ast.FunctionDef) for each in ast.walk(ast.parse(source)))
@@ -257,10 +275,33 @@ RUNS: Mapping[str, Callable[[Program], Program]] = {
     "check_unused_values": check_unused_values,
     "repeat_writes": repeat_writes,
     "eliminate_dead_saves": eliminate_dead_saves,
+    "hoist_forwards": lambda program: hoist_forwards(program, Remarks(), lambda _: None, lambda _: list),
+    "unite_forwards": lambda program: unite_forwards(program, Remarks(), lambda _: None),
     "eliminate_common_subexpressions": eliminate_common_subexpressions,
+    "narrow": lambda program: narrow(
+        narrow_saves(program, {"token": 3}, Remarks(), lambda text, value: None),
+        order,
+        lambda _, path: positionwise_of(tiny(), path, observed(tiny(), ((CLEAN,), {}))),
+        {"token": 3},
+        Remarks(),
+        lambda text, value: None,
+    ),
+    "fuse_calls": lambda program: fuse_calls(
+        program,
+        lambda _, path: positionwise_of(tiny(), path, observed(tiny(), ((CLEAN,), {}))),
+        {},
+        Remarks(),
+        lambda text, value: None,
+    ),
     "record_gradients": lambda program: record_gradients(program, order),
     "place": lambda program: place(program, order),
     "copy_on_save": copy_on_save,
+    "stop_early": lambda program: stop_early(program, order, Remarks(), lambda _: False),
+    "merge_forwards": lambda program: merge_forwards(program, lambda _: None, lambda _, path: False, Remarks()),
+    "share_prefixes": lambda program: share_prefixes(program, order, lambda _: None, Remarks()),
+    "merge_straight_forwards": lambda program: merge_straight_forwards(
+        program, lambda _: None, lambda *_: False, Remarks()
+    ),
 }
 
 

@@ -151,7 +151,7 @@ def test_the_fact_reaches_the_last_token_through_attention(run) -> None:
     edges = [numbers(line)[-1] for line in lines if "without the edge" in line]
     assert edges[0] > 4
     assert abs(edges[1]) < 0.1
-    assert "computed from q, k and the mask" in lines[-1]
+    assert any("computed from q, k and the mask" in line for line in lines)
 
 
 def test_a_subject_is_moved_before_the_first_layer_only(run) -> None:
@@ -211,6 +211,31 @@ def test_an_edit_from_a_file_steers_as_the_edit_does(run) -> None:
     assert plain < 0.01
     assert steered > 0.9
     assert numbers(last) == [steered]
+
+
+def test_what_runs_elsewhere_gives_what_plain_hooks_give(run) -> None:
+    crossing, *lines, paris, seattle = run("remote.py")
+    model = LanguageModel("tiny")
+    texts = ("The Eiffel Tower is in the city of", "The Space Needle is in the city of")
+    clean, corrupt = (model.tokenizer([text], return_tensors="pt")["input_ids"] for text in texts)
+    module = model._ready()
+    assert crossing.startswith("sends ")
+    assert crossing.endswith(f"receives {module.config.vocab_size * 4 / 1024:.2f} KiB")
+    assert len(lines) == len(module.transformer.h)
+    for block, line in zip(module.transformer.h, lines, strict=True):
+        kept = []
+        handle = block.register_forward_hook(lambda _, args, output, kept=kept: kept.append(output[:, -1].clone()))
+        with torch.no_grad():
+            module(input_ids=clean)
+            handle.remove()
+            handle = block.register_forward_hook(
+                lambda _, args, output, kept=kept: torch.cat([output[:, :-1], kept[0][:, None]], 1)
+            )
+            chances = module(input_ids=corrupt).logits[0, -1].softmax(-1)
+            handle.remove()
+        assert repr(model.tokenizer.decode(chances.argmax())) in line
+        assert float(line.split()[-1]) == pytest.approx(float(chances.max()), abs=0.006)
+    assert (paris, seattle) == ("' Paris' 1", "' Seattle' 1")
 
 
 def test_every_example_has_a_test() -> None:

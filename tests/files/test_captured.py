@@ -301,3 +301,25 @@ def test_warnings_come_from_the_users_lines(through, tiny) -> None:
         through(forgotten)(tiny, "a b")
     assert caught[0].filename == __file__
     assert caught[0].lineno == forgotten.__code__.co_firstlineno + 3
+
+
+def test_a_helper_whose_model_is_a_global_runs_it(tiny, written, tmp_path) -> None:
+    found = written(
+        "from nnsight_compiler import intervene\n"
+        "def inner(text):\n"
+        "    with model.trace(text):\n"
+        "        norm = model.lm_head.output.norm().save()\n"
+        "    return norm\n"
+        "def outer(text):\n"
+        "    return inner(text) * 2\n"
+        "@intervene\n"
+        "def norms(model_, text):\n"
+        "    return inner(text), outer(text)\n"
+    )
+    found["norms"]._function.__globals__["model"] = tiny
+    found["norms"].save(tmp_path / "norms.safetensors")
+    loaded = Experiment.load(tmp_path / "norms.safetensors", model=tiny)
+    with torch.no_grad():
+        ids = tiny.tokenizer("a b", return_tensors="pt")["input_ids"]
+        norm = tiny._module(ids).logits.norm()
+    torch.testing.assert_close(loaded(tiny, "a b"), (norm, norm * 2))

@@ -134,12 +134,20 @@ def test_check_and_explain_take_a_file(run, tmp_path: Path) -> None:
     )
     code, out, _ = run("explain", "steer.safetensors", "--model", "tiny", "--arg", "prompt=a")
     assert code == 0
-    assert out == (
-        "experiment steer\n"
-        "stage 1, given layer=1\n"
-        "  demo.py:16  forward of GPT2LMHeadModel  reads lm_head output; writes transformer.h.1 output; ends after"
-        " lm_head output\n"
+    lines = out.splitlines()
+    assert lines[:2] == ["experiment steer", "stage 1, given layer=1"]
+    assert lines[2].startswith("  demo.py:16  forward of GPT2LMHeadModel ")
+    assert lines[2].endswith(
+        " reads transformer.ln_f input; writes transformer.h.1 output; ends after transformer.ln_f input"
     )
+    assert lines[3] == "      estimate  1 row of 1 token; 3 of 3 layers; 1.18 MFLOP; 14 KiB at the peak; 8 B kept"
+    assert "optimisations" in lines
+    assert any("  narrow  `transformer.ln_f`, `lm_head` for [0, -1] alone" in line for line in lines)
+    code, out, _ = run("explain", "steer.safetensors", "--model", "tiny", "--arg", "prompt=a", "--run", "--json")
+    step, *_ = json.loads(out)["stages"][0]["variants"][0]["steps"]
+    assert (code, step["line"], step["last_run"]["rows"], step["last_run"]["runs"]) == (0, 16, 1, 1)
+    assert step["last_run"]["flops"] >= step["estimate"]["flops"] > 10**6
+    assert step["last_run"]["seconds"] > 0
 
 
 def test_a_local_only_file(run, tmp_path: Path) -> None:

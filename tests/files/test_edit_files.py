@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from nnsight_compiler import CompileError, Experiment, FileError, LanguageModel, LocalOnlyWarning, NNsight, intervene
 from nnsight_compiler.cli.commands import app
-from nnsight_compiler.files.format import KEY
+from nnsight_compiler.files.document import KEY
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 

@@ -64,6 +64,15 @@ AT_LOAD = {
     "a host op deep inside a value": (
         "%0 = global f", {"f": {"tuple": [{"host": "os:system"}]}}, "this may only be what a name stands for",
     ),
+    "a function that looks up attributes, in a value": (
+        "%0 = global f", {"f": {"tuple": [{"known": "builtins.getattr"}]}}, "may only be what a name stands for",
+    ),
+    "a function that makes such functions": (
+        "%0 = global f", {"f": {"known": "operator.attrgetter"}}, "'operator.attrgetter' is no known call",
+    ),
+    "a function that calls methods by text": (
+        "%0 = global f", {"f": {"known": "operator.methodcaller"}}, "'operator.methodcaller' is no known call",
+    ),
     "a host op that is no name": ("%0 = global f", {"f": {"host": "os:system('x')"}}, "is no name of something to imp"),
     "a name from nowhere": ("%0 = global nowhere", {}, "nothing in the file, and no builtin, has it"),
     "a kept value": ("%0 = keep %x", {}, "a value that is kept without a copy is only known to the compiler"),
@@ -92,6 +101,57 @@ WHEN_CALLED = {
     "the insides of an object": ("%v = global vars\n%d = call %v(%x)", "builtins.vars"),
     "a dunder by getattr": ("%g = global getattr\n%d = call %g(%x, '__class__x__')", "getattr with a name"),
     "a dunder by parts": ("%g = global getattr\n%n = '__cla' + 'ss__'\n%d = call %g(%x, %n)", "getattr with a name"),
+    "getattr through a list": (
+        "%g = global getattr\n%l = list [%g]\n%f = item %l[0]\n%0 = call %f(%x, '__class__')", "getattr as a value",
+    ),
+    "getattr through a partial": (
+        "%p = global partial\n%g = global getattr\n%f = call %p(%g, %x)\n%0 = call %f('__class__')",
+        "getattr as a value",
+    ),
+    "getattr that another calls": (
+        "%p = global accumulate\n%g = global getattr\n%0 = call %p(%x, %g)", "getattr as a value",
+    ),
+    "getattr through a condition": (
+        "%g = global getattr\n%f = if %x\nthen\n  yield %g\nelse\n  yield %g\n%0 = call %f(%x, '__class__')",
+        "getattr as a value",
+    ),
+    "type through a list": ("%g = global type\n%l = list [%g]\n%f = item %l[0]\n%0 = call %f(%x)", "type as a value"),
+    "attributes that a function gets": (
+        "%o = global operator\n%f = attr %o.attrgetter\n%0 = call %f('__class__')", "operator.attrgetter",
+    ),
+    "methods that a function calls": (
+        "%o = global operator\n%f = attr %o.methodcaller\n%0 = call %f('tofile', 'a')", "operator.methodcaller",
+    ),
+    "attributes that a text names": (
+        "%f = attr '{0.__class__}'.format\n%0 = call %f(%x)", "the method `.format(…)` of a text that only the run",
+    ),
+    "attributes that a text in a text names": (
+        "%f = attr '{0:{0.__class__}}'.format\n%0 = call %f(%x)", "the method `.format(…)` of a text that only the run",
+    ),
+    "attributes that a computed text names": (
+        "%t = '{0.__cla' + 'ss__}'\n%f = attr %t.format\n%0 = call %f(%x)", "the method `.format(…)` of a text that",
+    ),
+    "attributes that a text and a mapping name": (
+        "%f = attr '{a.__class__}'.format_map\n%d = dict {'a': %x}\n%0 = call %f(%d)", "the method `.format_map(…)`",
+    ),
+    "the formatting of a text, through a list": (
+        "%f = attr '{0.__class__}'.format\n%l = list [%f]\n%g = item %l[0]\n%0 = call %g(%x)", DYNAMIC,
+    ),
+    "attributes that a bar of progress names": (
+        "%f = global tqdm\n%0 = call %f(%x, bar_format='{bar.__init__}')", "with a `bar_format` that only the run can",
+    ),
+    "a stream that is given": ("%f = global print\n%0 = call %f('a', file=%x)", "print to a stream"),
+    "a stream among arguments": ("%f = global print\n%0 = call %f('a', **%x)", "print to a stream"),
+    "a logger, which outlives the run": (
+        "%o = global logging\n%f = attr %o.getLogger\n%0 = call %f('transformers')", "logging.getLogger",
+    ),
+    "a method that json calls": (METHOD + "%s = global dumps\n%0 = call %s(%y, default=%f)", DYNAMIC),
+    "a method that an accumulation calls": (METHOD + "%s = global accumulate\n%0 = call %s(('a',), %f)", DYNAMIC),
+    "a method that a pattern calls": (METHOD + "%s = attr %x.sub\n%0 = call %s(%f, 'a')", DYNAMIC),
+    "an attribute of something": (
+        "%y = %x + 1\n%l = list [%y]\n%z = item %l[0]\nset_attr %z.padding_side = 1",
+        "`.padding_side` of what only the run can give, which is changed",
+    ),
     "getattr with its arguments in a tuple": ("%g = global getattr\n%d = call %g(*%x)", "getattr with a name"),
     "a method by getattr": (
         "%y = %x + 1\n%g = global getattr\n%f = call %g(%y, 'tofile')\n%0 = call %f('a')",
@@ -125,7 +185,11 @@ def test_refused_before_anything_runs(name: str, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     code, what = WHEN_CALLED[name]
     code = "".join(f"  {line}\n" for line in code.splitlines())
-    globals_: dict[str, Any] = {"torch": {"namespace": "torch"}, "g": {"constant": "None"}}
+    globals_: dict[str, Any] = {
+        "torch": {"namespace": "torch"}, "operator": {"namespace": "operator"}, "logging": {"namespace": "logging"},
+        "partial": {"known": "functools.partial"}, "accumulate": {"known": "itertools.accumulate"},
+        "dumps": {"known": "json.dumps"}, "tqdm": {"known": "tqdm.tqdm"}, "g": {"constant": "None"},
+    }  # fmt: skip
     loaded = experiment_from(document_of(f"experiment f(%x)\n{code}  return %x\n", globals_), {})
     import numpy
 
@@ -177,6 +241,68 @@ def test_a_captured_class_cannot_take_the_place_of_torchs_own_methods() -> None:
         entry["members"][name] = entry["members"]["forward"]
         with pytest.raises(FileError, match=reason):
             experiment_from(changed, tensors)
+
+
+def test_texts_are_formatted_that_only_take_their_values() -> None:
+    text = "%f = attr '{0} {1[0]:{2}}'.format\n  %r = call %f(%x, (7,), '>3')\n"
+    assert experiment_from(document_of(f"experiment f(%x)\n  {text}  return %r\n"), {})(5) == "5   7"
+
+
+def test_a_method_takes_objects_of_its_own_class_alone(tmp_path: Path) -> None:
+    """It was admitted for those, whose `tofile` is a module."""
+    from torch import nn
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tofile = nn.Identity()
+
+        def add(self, path):
+            return self.tofile(path)
+
+    module = Own()
+
+    @intervene
+    def use(x, path):
+        return module.add(path)
+
+    document, tensors = experiment_document(use)
+    assert experiment_from(json.loads(json.dumps(document)), tensors)(3, "a") == "a"
+    changed = json.loads(json.dumps(document))
+    changed["program"] = to_json(
+        parse_program(
+            "experiment use(%x, %path)\n  %m = free module\n  %t = global type\n  %c = call %t(%m)\n"
+            "  %f = attr %c.add\n  %r = call %f(%x, %path)\n  return %r\n"
+        )
+    )
+    import numpy
+
+    path = str(tmp_path / "written")
+    with pytest.raises((TypeError, FileError), match=r"takes no ndarray|is not in the table of known calls"):
+        experiment_from(changed, tensors)(numpy.ones(2), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_inside_a_module_stays_one() -> None:
+    """A call of it is admitted as one of a module."""
+    from torch import nn
+
+    module = nn.Sequential()
+    module.add_module("act", nn.Identity())
+
+    @intervene
+    def use(x):
+        return module.act(x)
+
+    document, tensors = experiment_document(use)
+    assert experiment_from(json.loads(json.dumps(document)), tensors)(3) == 3
+    for change in ("delete_attr %m.act", "set_attr %m.act = %x"):
+        changed = json.loads(json.dumps(document))
+        changed["program"] = to_json(
+            parse_program(f"experiment use(%x)\n  %m = free module\n  {change}\n  return %x\n")
+        )
+        with pytest.raises(FileError, match=r"`\.act`, a method that is replaced"):
+            experiment_from(changed, tensors)(3)
 
 
 def test_a_tensor_cannot_reach_past_what_is_stored() -> None:

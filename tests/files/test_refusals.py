@@ -17,6 +17,8 @@ WEIGHT = torch.ones(2, requires_grad=True)
 
 
 class Settings:
+    __slots__ = ("scale",)
+
     def __init__(self) -> None:
         self.scale = 2
 
@@ -55,16 +57,25 @@ REFUSED = {
     "an open file": (
         io.StringIO(),
         "`value`: it is an object of class `StringIO`, and a file holds tensors, numbers, strings, tuples, lists,"
-        " dicts, sets, torch modules and functions",
+        " dicts, sets, torch modules, functions, and objects of classes that are plain",
         PASS_IT,
     ),
-    "an object": (Settings(), "`value`: it is an object of class `Settings`", PASS_IT),
+    "an object": (
+        Settings(),
+        "`value`: its class `Settings` defines `__slots__`, which a file cannot hold",
+        "  way out: write it without `__slots__`: a class may define `__init__`, `__call__`, `__contains__`,"
+        " `__getitem__`, `__iter__`, `__len__` and methods with other names",
+    ),
     "deep inside": (
         {"scale": [1, Settings()]},
-        "`value`['scale'][1]: it is an object of class `Settings`",
-        PASS_IT,
+        "`value`['scale'][1]: its class `Settings` defines `__slots__`",
+        "write it without",
     ),
-    "a namedtuple": (Point(1, 2), "`value`: it is an object of class `Point`", PASS_IT),
+    "a namedtuple": (
+        Point(1, 2),
+        "`value`: its class `Point` inherits from `builtins.tuple`",
+        "  way out: use one that inherits from nothing",
+    ),
     "a method of an object": (
         Settings().method,
         "`value`: it is the function `Settings.method`, whose source cannot be taken into a file",
@@ -141,15 +152,17 @@ def test_every_reason_at_once(tmp_path: Path) -> None:
         use.save(tmp_path / "no.safetensors")
     reasons = [each.reason for each in caught.value.diagnostics]
     assert len(reasons) == 4
-    assert reasons[0].startswith("`one`: it is an object")
+    assert reasons[0].startswith("`one`: its class `Settings` defines `__slots__`")
     assert reasons[1].startswith("`two`: it is an object")
     assert reasons[2] == "`missing` has no value, so that no file can hold it"
-    assert reasons[3].startswith("`use` (the default of `x`): it is an object of class `Point`")
+    assert reasons[3].startswith("`use` (the default of `x`): its class `Point` inherits from")
 
 
 def test_a_class_of_the_users(written, tmp_path: Path) -> None:
     scope = written("class Result:\n    pass\ndef use(x):\n    return Result()\n", "__main__.py")
-    with pytest.raises(FileError, match="`Result`: it is the class `Result`, and a file holds no code but that"):
+    with pytest.raises(
+        FileError, match="`Result`: it is the class `Result`, and a file holds no code but that of functions and of"
+    ):
         intervene(scope["use"]).save(tmp_path / "no.safetensors")
 
 

@@ -106,7 +106,7 @@ def test_a_lowered_program_repeats_lines_in_grey() -> None:
     assert table.column("ir") == [header.partition("  for ")[0], *body]
     title = table.rows[0][2][1]
     assert title.startswith("IR for Sequential")
-    assert title.endswith("copy_on_save")
+    assert title.endswith("merge_straight_forwards")
 
 
 def test_a_lowered_program_has_what_each_pass_made() -> None:

@@ -61,7 +61,7 @@ TEXTS = (
     "k=1_0",
     "torch.Tensor.softmax",
 )
-NUMBERS = (0, 1, -1, 2**64, 1 - 2**53, 10**5000, -(16**300))
+NUMBERS = (0, 1, -1, 2**64, 1 - 2**53, 10**4200, -(16**300))
 FLOATS = (0.0, -0.0, 1.5, 1e300, 1e-7, math.nan, math.inf, -math.inf)
 FILES = ("demo.py", "a b.py", "<ipython-input-1>", "it's:3", "C:\\x.py")
 
@@ -77,6 +77,7 @@ class Place:
     backward: bool = False
     generator: bool = False
     exports: int = 0
+    strand: bool = False
     depth: int = 0
 
 
@@ -224,7 +225,7 @@ class Maker:
         if place.loop is not None:
             choices.append(lambda: ops.Continue(self.merges(place.loop or 0), span=span))
             choices.append(lambda: ops.Break(self.merges(place.loop or 0), span=span))
-        if not place.generator:
+        if not place.generator and not place.strand:
             choices.append(lambda: ops.Return(self.returned(place), span=span))
         choices.append(lambda: ops.Raise(span=span))
         choices.append(lambda: ops.Raise(self.operand(), self.operand() if self.flag() else None, span=span))
@@ -365,7 +366,7 @@ class Maker:
         held = {"iterable": self.operand(), "initial": self.merges(count)}
         body = self.region(replace(place, loop=count, yields=None, needed=count), 1 + count)
         orelse = self.inner(place, count, count) if self.flag() else None
-        return {**held, "body": body, "orelse": orelse, "results": self.defines(count)}
+        return {**held, "body": body, "orelse": orelse, "results": self.defines(count), "together": self.flag()}
 
     def make_while(self, place: Place) -> dict[str, Any]:
         count = self.below(3)
@@ -397,6 +398,20 @@ class Maker:
         body = self.region(Place(forward=True, depth=place.depth))
         assert self.visible[: before + 2] == [*self.visible[:before], *results]
         return {**held, "results": results, "body": body}
+
+    def make_forward(self, place: Place) -> dict[str, Any]:
+        method = self.pick(("trace", "generate", "scan"))
+        base = {"base": self.operand(), "replays": self.operand()} if self.flag() else {}
+        held = {"model": self.operand(), "method": method, "arguments": self.arguments(), "result": self.define()}
+        held |= base
+        body = self.within(place, forward=True)
+        placed = bool(body.ops) and isinstance(body.ops[-1], ops.At)
+        return {**held, "body": body, "stops": placed and method != "generate" and self.flag()}
+
+    def make_strands(self, place: Place) -> dict[str, Any]:
+        inside = replace(place, depth=place.depth + 1, strand=True)
+        strands = self.many(lambda: ops.Strand(self.below(3), self.within(inside, loop=None), span=self.span()))
+        return {"body": Region((), strands)}
 
     def make_steps(self, place: Place) -> dict[str, Any]:
         held = {"tracer": self.operand(), "start": self.operand(), "stop": self.operand()}
@@ -430,11 +445,11 @@ class Maker:
 SIMPLE = (
     ops.Global, ops.SetGlobal, ops.Cell, ops.Load, ops.Store, ops.Bound, ops.Import, ops.Attribute, ops.SetAttribute,
     ops.Item, ops.SetItem, ops.Delete, ops.Build, ops.Format, ops.Unpack, ops.Operator, ops.Call, ops.Save,
-    ops.Cache, ops.Captured, ops.Track, ops.Gradients,
+    ops.Cache, ops.Captured, ops.Track, ops.Gradients, ops.Prefix, ops.Release,
 )  # fmt: skip
 MERGES = {(ops.Cell, "initial"), (ops.Store, "value"), (ops.Bound, "value")}
 NESTED = (ops.Closure, ops.If, ops.For, ops.While, ops.Try, ops.With, ops.Forward, ops.Session, ops.Backward)
-NESTED += (ops.Stage, ops.Edit)
+NESTED += (ops.Stage, ops.Edit, ops.Strands)
 
 
 @st.composite

@@ -20,8 +20,10 @@ def read() -> NotebookNode:
 
 
 def run(notebook: NotebookNode) -> NotebookNode:
-    """Runs every cell. What goes to the standard error is left out: progress of loading, which differs by terminal."""
-    NotebookClient(notebook, kernel_name="python3", timeout=120, record_timing=False).execute()
+    """Runs every cell. What goes to the standard error is left out: progress of loading, which differs by terminal.
+    What a cell prints is one output, in however many messages a busy kernel sent it."""
+    settings = {"timeout": 120, "record_timing": False, "coalesce_streams": True}
+    NotebookClient(notebook, kernel_name="python3", **settings).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]

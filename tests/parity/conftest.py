@@ -21,17 +21,16 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Outcome]:
-    """`theirs(files, "file.program")`: what came of a program under nnsight. The first call runs all that the files, or
-    the folder, hold."""
+@pytest.fixture(scope="session")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
+    """`theirs("file.program")`: what came of a program under nnsight. The first call runs all that there are."""
     if importlib.util.find_spec("nnsight") is None:
         pytest.skip("nnsight is not installed: pip install nnsight==0.8.1")
-    known: dict[Path, dict[str, Outcome]] = {}
+    known: dict[str, Outcome] = {}
 
-    def outcome(folder: Path, program: str) -> Outcome:
-        if folder not in known:
-            files = [folder] if folder.is_file() else sorted(folder.glob("*.py"))
+    def outcome(program: str) -> Outcome:
+        if not known:
+            files = [file for folder in ("programs", "differences") for file in sorted((HERE / folder).glob("*.py"))]
             out = tmp_path_factory.mktemp("theirs") / "outcomes"
             command = [sys.executable, "-W", "ignore", HERE / "running.py", *files, "--out", out]
             done = subprocess.run(
@@ -39,8 +38,8 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Ou
                 capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-4000:]
-            known[folder] = torch.load(out, weights_only=True)
-        return known[folder][program]
+            known.update(torch.load(out, weights_only=True))
+        return known[program]
 
     return outcome
 

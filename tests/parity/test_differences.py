@@ -29,9 +29,9 @@ def check(function: Checks) -> Checks:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=mark(f"loud.{name}")) for name in names(FILE)])
-def test_difference(name: str, theirs: Callable[[Path, str], Outcome], modules: Callable[[Path], Any]) -> None:
+def test_difference(name: str, theirs: Callable[[str], Outcome], modules: Callable[[Path], Any]) -> None:
     program = getattr(modules(FILE), name)
-    CHECKS[name](theirs(FILE, f"loud.{name}"), run(program, parameters(program), nnsight_compiler))
+    CHECKS[name](theirs(f"loud.{name}"), run(program, parameters(program), nnsight_compiler))
 
 
 def test_every_program_is_checked() -> None:

@@ -1,8 +1,9 @@
-"""The same source under nnsight 0.8.1 and here gives the same values, as undecorated blocks and as an experiment."""
+"""The same source under nnsight 0.8.1 and here gives the same values: as undecorated blocks, as an experiment, and as
+one that goes through all that a service is sent and sends."""
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from awaited import mark
+from chosen import BOTH_FORMS
 from running import Outcome, names, parameters, run
 
 import nnsight_compiler
 
 PROGRAMS = Path(__file__).parent / "programs"
 
-TOLERANCE = {}
-"""Absolute and relative tolerance, where it is not 0: the two libraries then compute in another order."""
+TOLERANCE = 1e-5
+"""Absolute and relative: a position or a row by itself is added up in another order than among others (`narrow`)."""
 
 
 FORMS = {
@@ -38,18 +40,15 @@ FORMS = {
 edited in place, outside of them."""
 
 
-ALL = os.environ.get("NNSIGHT_COMPILER_PARITY") == "all"
-"""Whether each program runs in both forms; by default it runs in one, in turns."""
-
-
 def cases() -> list[Any]:
+    """Each program in one form, in turns, or in all."""
     found = []
     for file in sorted(PROGRAMS.glob("*.py")):
         for number, name in enumerate(names(file)):
-            forms = ("blocks", "experiment")
-            for form in FORMS.get(f"{file.stem}.{name}", forms if ALL else forms[number % 2 :][:1]):
+            forms = ("blocks", "experiment", "remote")
+            for form in FORMS.get(f"{file.stem}.{name}", forms if BOTH_FORMS else forms[number % 3 :][:1]):
                 key = f"{file.stem}.{name}"
-                marks = mark(f"{key}.{form}", key, file.stem)
+                marks = mark(f"{key}.{'blocks' if form == 'blocks' else 'experiment'}", key, file.stem)
                 found.append(pytest.param(file, name, form, id=f"{key}-{form}", marks=marks))
     return found
 
@@ -59,17 +58,25 @@ def test_the_same_source(
     file: Path,
     name: str,
     form: str,
-    theirs: Callable[[Path, str], Outcome],
+    theirs: Callable[[str], Outcome],
     modules: Callable[[Path], Any],
 ) -> None:
-    wanted = theirs(PROGRAMS, f"{file.stem}.{name}")
+    wanted = theirs(f"{file.stem}.{name}")
     assert "error" not in wanted, f"nnsight itself: {wanted}"
     program = getattr(modules(file), name)
     given = parameters(program)
-    found = run(nnsight_compiler.intervene(program) if form == "experiment" else program, given, nnsight_compiler)
+    found = run(written(program, form), given, nnsight_compiler)
     assert "error" not in found, f"{found['error']}: {found['message']}"
     assert not found["warnings"]
-    assert_same(found["value"], wanted["value"], TOLERANCE.get(f"{file.stem}.{name}", 0.0))
+    assert_same(found["value"], wanted["value"], TOLERANCE)
+
+
+def written(program: Callable[..., Any], form: str) -> Callable[..., Any]:
+    """A program in one of the forms."""
+    if form == "blocks":
+        return program
+    experiment = nnsight_compiler.intervene(program)
+    return experiment if form == "experiment" else functools.partial(experiment, remote="local")
 
 
 def assert_same(found: Any, wanted: Any, tolerance: float) -> None:

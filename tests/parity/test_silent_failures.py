@@ -30,8 +30,8 @@ def check(function: Checks) -> Checks:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=mark(f"silent.{name}")) for name in names(FILE)])
-def test_silent_failure(name: str, theirs: Callable[[Path, str], Outcome], modules: Callable[[Path], Any]) -> None:
-    peer = theirs(FILE, f"silent.{name}")
+def test_silent_failure(name: str, theirs: Callable[[str], Outcome], modules: Callable[[Path], Any]) -> None:
+    peer = theirs(f"silent.{name}")
     assert "error" not in peer, "nnsight no longer is silent about this"
     program = getattr(modules(FILE), name)
     CHECKS[name](peer, run(program, parameters(program), nnsight_compiler))

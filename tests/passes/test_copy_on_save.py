@@ -78,6 +78,12 @@ def test_what_something_may_change_is_copied(body: str) -> None:
     assert "keep" not in text
 
 
+def test_of_several_saves_of_one_value_one_keeps_it() -> None:
+    text = after(FRESH + "%s = save %b\n%t = save %b", "(%s, %t)")
+    assert (text.count("keep %b"), text.count("save %b")) == (1, 1)
+    assert "keep" not in after(FRESH + "%s = save %b", "(%s, %b)")
+
+
 @pytest.mark.parametrize(
     ("method", "fresh"),
     [

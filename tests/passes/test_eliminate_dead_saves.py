@@ -303,6 +303,28 @@ def test_a_generation_that_may_sample_stays() -> None:
     )
 
 
+@pytest.mark.parametrize("argument", ["on_token=%y", "streamer=%y", "logits_processor=%y", "**%y"])
+def test_a_generation_that_is_looked_on_stays(argument: str) -> None:
+    stays(
+        f"""
+        experiment f(%model, %x, %y)
+          forward %f0 = generate %model(%x, do_sample=False, {argument})
+          return None
+        """
+    )
+    same(
+        """
+        experiment f(%model, %x, %y)
+          forward %f0 = generate %model(%x, do_sample=False, on_token=None, streamer=None)
+          return None
+        """,
+        """
+        experiment f(%model, %x, %y)
+          return None
+        """,
+    )
+
+
 def test_invokes_stay_with_their_forward() -> None:
     stays(
         """

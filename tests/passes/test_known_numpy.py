@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -99,6 +101,17 @@ def calls_of(name: str) -> Iterator[list[Any]]:
         yield [fresh(array), fresh(ARRAYS[4])]
 
 
+def fits(function: Any, arguments: list[Any]) -> bool:
+    """Whether a function takes such arguments. It is called on copies: most do not fit, and looking at all that a call
+    could do takes far longer than calling."""
+    try:
+        with np.errstate(), np.printoptions(), contextlib.redirect_stdout(io.StringIO()):
+            function(*map(fresh, arguments))
+    except MISFITS:
+        return False
+    return True
+
+
 def test_every_row_keeps_what_it_claims(broken_claim: Broken) -> None:
     checked: Counter[str] = Counter()
     broken = []
@@ -108,6 +121,8 @@ def test_every_row_keeps_what_it_claims(broken_claim: Broken) -> None:
             if row.behaviour is Behaviour.HARMLESS:
                 continue
             for arguments in calls_of(target.removeprefix("numpy.")):
+                if not fits(callable_of(target), arguments):
+                    continue
                 try:
                     complaint = broken_claim(row, arguments)
                 except MISFITS:

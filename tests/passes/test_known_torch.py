@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nnsight_compiler.passes.known_calls import ALL, Behaviour, KnownCall
+from nnsight_compiler.passes.known_calls import ALL, Behaviour, KnownCall, callable_of
 
 Broken = Callable[..., str | None]
 
@@ -87,6 +87,16 @@ def rows() -> Iterator[tuple[str, KnownCall]]:
             yield target, row
 
 
+def fits(function: Any, arguments: list[Any]) -> bool:
+    """Whether a function takes such arguments. It is called on copies: most do not fit, and looking at all that a call
+    could do takes far longer than calling."""
+    try:
+        function(*map(fresh, arguments))
+    except MISFITS:
+        return False
+    return True
+
+
 def test_every_row_with_a_schema_keeps_what_it_claims(broken_claim: Broken) -> None:
     torch.set_num_threads(1)
     checked, broken = set(), []
@@ -95,8 +105,11 @@ def test_every_row_with_a_schema_keeps_what_it_claims(broken_claim: Broken) -> N
         for target, row in rows():
             for group in calls_of(row):
                 for arguments in group:
+                    given = [value for _, value in arguments]
+                    if not fits(callable_of(target), given):
+                        continue
                     try:
-                        complaint = broken_claim(row, [value for _, value in arguments])
+                        complaint = broken_claim(row, given)
                     except MISFITS:
                         continue
                     checked.add(target)

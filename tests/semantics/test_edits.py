@@ -313,7 +313,7 @@ def test_mistakes_in_an_undecorated_edit_are_found_when_it_is_made(model):
 def test_edit_without_with_is_refused(model):
     with pytest.raises(ExperimentError, match=r"`.edit\(…\)` without `with` edits nothing"):
         model.edit()
-    with pytest.raises(TypeError, match="unexpected keyword argument 'in_place'"):
+    with pytest.raises(TypeError, match=r"`edit` takes no argument but `inplace` \(in_place\)"):
         model.edit(in_place=True)
 
 

@@ -573,6 +573,30 @@ def test_tokens_are_handed_to_a_function(model: Any, plain_gpt2: Any) -> None:
     assert torch.equal(out, generated(plain_gpt2, PROMPT, ("transformer.h.0", "output", twice)))
 
 
+def test_tokens_alone_are_reason_to_generate_and_to_write(model: Any, plain_gpt2: Any) -> None:
+    def told(model, x, note, streamer, strength):
+        with model.generate(x, max_new_tokens=4, do_sample=False, on_token=note, streamer=streamer):
+            model.layers[0].output[:] *= strength
+
+    class Pieces(list[int]):
+        def put(self, ids: torch.Tensor) -> None:
+            self.extend(ids.flatten().tolist())
+
+        def end(self) -> None:
+            pass
+
+    def twice(step: int, value: torch.Tensor) -> torch.Tensor:
+        return value * 2
+
+    truth = generated(plain_gpt2, PROMPT, ("transformer.h.0", "output", twice))[0, 6:10].tolist()
+    seen: list[int] = []
+    pieces = Pieces()
+    told = intervene(told)
+    told(model, PROMPT, lambda ids: seen.append(ids.item()), None, 2)
+    told(model, PROMPT, None, pieces, 2)
+    assert seen == pieces[6:] == truth
+
+
 def test_a_streamer_is_passed_on(model: Any) -> None:
     class Kept:
         def __init__(self) -> None:
@@ -637,7 +661,7 @@ def test_mistakes_in_the_body(model: Any, body: str, reason: str, way_out: str) 
         ("prefill_chunk_size=2", "`prefill_chunk_size` is refused: the prompt would run in several forwards"),
         ("guidance_scale=2.0", "`guidance_scale` is refused: the model would run more than once for a token"),
         ("grad=True", "`grad` is refused: a generation records no gradients"),
-        ("remote=True", "`generate` takes no remote: experiments run in this process only"),
+        ("backend=1", "`generate` takes no backend here"),
     ],
 )  # fmt: skip
 def test_arguments_that_are_refused(model: Any, argument: str, reason: str) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import examples
 from torch import nn
 
 from nnsight_compiler import LanguageModel, NNsight, RunError, intervene
@@ -264,7 +265,7 @@ def both() -> tuple[LanguageModel, nn.Module]:
     return LanguageModel(plain), plain
 
 
-@settings(max_examples=40, deadline=None)
+@examples(15)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.booleans())
 def test_random_programs_of_steps(both: Any, seed: int, tokens: int, ends: bool) -> None:
     model, plain = both
@@ -289,3 +290,83 @@ def test_random_programs_of_steps(both: Any, seed: int, tokens: int, ends: bool)
     for name, held in zip(program.names, lists, strict=True):
         assert len(held) == len(found[name]), program.source
         assert all(map(torch.equal, held, found[name])), program.source
+
+
+def test_what_writes_to_every_position_does_not_bring_back_what_wrote_to_the_prompt(both: Any) -> None:
+    model, plain = both
+
+    @intervene
+    def use(model, x):
+        with model.generate(x, max_new_tokens=4, do_sample=False) as tracer:
+            model.layers[1].output[:, 2] = 0
+            for _ in tracer.iter[2:]:
+                pass
+            model.layers[1].output[:] *= 1.25
+            for s in tracer.iter[2]:
+                model.layers[2].output = model.layers[2].output.clamp(-1, 1)
+                if s >= 2:
+                    pass
+            ids = tracer.result
+        return ids
+
+    def write(step: int, value: torch.Tensor) -> None:
+        if step == 0:
+            value[:, 2] = 0
+        value.mul_(1.25)
+
+    def clamp(step: int, value: torch.Tensor) -> None:
+        if step == 2:
+            value.clamp_(-1, 1)
+
+    hooks = [("transformer.h.1", write), ("transformer.h.2", clamp)]
+    assert torch.equal(use(model, PROMPT), hooked(plain, PROMPT, hooks, max_new_tokens=4, do_sample=False))
+
+
+@intervene
+def by_operator(model, x, vector, asked):
+    with model.generate(x, max_new_tokens=4, do_sample=False) as tracer:
+        new = model.layers[1].output.clone()
+        if asked:
+            new[:, 3] += vector
+        new[:, -1] += vector
+        model.layers[1].output = new
+        ids = tracer.result
+    return ids
+
+
+@intervene
+def by_method(model, x, vector, asked):
+    with model.generate(x, max_new_tokens=4, do_sample=False) as tracer:
+        new = model.layers[1].output.clone()
+        if asked:
+            new[:, 3].add_(vector)
+        new[:, -1] += vector
+        model.layers[1].output = new
+        ids = tracer.result
+    return ids
+
+
+@intervene
+def in_a_loop(model, x, vector, asked):
+    with model.generate(x, max_new_tokens=4, do_sample=False) as tracer:
+        new = model.layers[1].output.clone()
+        for _ in range(int(asked)):
+            new[:, 3].add_(vector)
+        new[:, -1] += vector
+        model.layers[1].output = new
+        ids = tracer.result
+    return ids
+
+
+@pytest.mark.parametrize("experiment", [by_operator, by_method, in_a_loop])
+def test_what_changes_the_prompt_in_place_under_a_condition_is_not_brought_back(both: Any, experiment: Any) -> None:
+    model, plain = both
+    vector = 40 * torch.randn(plain.config.n_embd, generator=torch.Generator().manual_seed(4))
+
+    def write(step: int, value: torch.Tensor) -> None:
+        if step == 0:
+            value[:, 3] += vector
+        value[:, -1] += vector
+
+    wanted = hooked(plain, PROMPT, [("transformer.h.1", write)], max_new_tokens=4, do_sample=False)
+    assert torch.equal(experiment(model, PROMPT, vector, True), wanted)

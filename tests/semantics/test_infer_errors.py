@@ -272,7 +272,7 @@ WRAPPED = NNsight(NET)
 SIZES = [(2, 3), (5, 4), (6, 6), (1, 1)]
 
 
-@examples(40)
+@examples(25)
 @given(lines=programs(), size=st.sampled_from(SIZES), rows=st.sampled_from([1, 2, 5, 6]))
 def test_types_are_those_of_the_run_and_no_valid_program_is_refused(lines, size, rows) -> None:
     names = ", ".join(line.partition(" ")[0] for line in lines)

@@ -20,8 +20,8 @@ def tiny() -> LanguageModel:
     ("header", "reason"),
     [
         ('model.trace(x, max_new_tokens=3)', "these are arguments of `generate`"),
-        ('model.trace(x, remote=True)', "`trace` takes no remote: experiments run in this process only"),
-        ('model.trace(x, **{"blocking": False})', "`trace` takes no blocking: experiments run in this process only"),
+        ('model.trace(x, **{"remote": True})', "`trace` takes no remote here: `remote=` is said in a trace of the"),
+        ('model.trace(x, backend=1)', "`trace` takes no backend here"),
     ],
 )  # fmt: skip
 def test_arguments_that_a_forward_would_ignore(tiny: LanguageModel, header: str, reason: str) -> None:
@@ -33,7 +33,7 @@ def test_arguments_that_a_forward_would_ignore(tiny: LanguageModel, header: str,
 
 
 def test_the_same_undecorated(tiny: LanguageModel) -> None:
-    with pytest.raises(ExperimentError, match="`trace` takes no remote"), tiny.trace("a", remote=True):
+    with pytest.raises(ExperimentError, match="`trace` takes no backend here"), tiny.trace("a", backend=1):
         tiny.output.save()
 
 
@@ -53,3 +53,11 @@ def test_what_a_tracer_has_not(line: str, reason: str) -> None:
         intervene.from_source(text)(NNsight(nn.Sequential(nn.Linear(4, 4))), torch.ones(1, 4))
     assert found.value.diagnostics[0].span.line == 3
     assert "way out" in str(found.value)
+
+
+def test_a_scan_runs_here(tiny: LanguageModel) -> None:
+    with (
+        pytest.raises(ExperimentError, match="`scan` takes no remote: it needs no weights"),
+        tiny.scan("a", remote=True),
+    ):
+        tiny.output.save()

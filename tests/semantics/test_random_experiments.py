@@ -440,7 +440,7 @@ def compare(text: str, net: Net) -> None:
         assert torch.allclose(value, other, atol=1e-5), f"value {number} differs:\n{value}\n{other}\nin\n{text}"
 
 
-@examples(50)
+@examples(25)
 @given(text=programs())
 def test_random_experiments(net: Net, text: str) -> None:
     compare(text, net)

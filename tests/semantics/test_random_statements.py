@@ -1,15 +1,10 @@
 """Random whole programs: we and the statement oracle give equal values, equal logs, equal exceptions.
 
-Each program runs three times through the same experiment, with other arguments. `NNSIGHT_COMPILER_PROGRAMS=5000` in the
-environment runs that many programs of each profile, other ones each time:
-
-    NNSIGHT_COMPILER_PROGRAMS=5000 python -m pytest tests/semantics/test_random_statements.py
-"""
+Each program runs three times through the same experiment, with other arguments."""
 
 from __future__ import annotations
 
 import linecache
-import os
 import random
 import warnings
 from collections.abc import Callable
@@ -17,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
+from random_examples import examples
 from statement_oracle import OutsideError, StandIn, keep
 from statement_programs import LAYERS, TOKENS, WIDTH, programs
 from torch import nn
 
 from nnsight_compiler import NNsight, UnusedValueWarning, intervene, save
 
-ASKED = os.environ.get("NNSIGHT_COMPILER_PROGRAMS")
-PROGRAMS = int(ASKED or 40)
 CALLS = [
     {"seed": 1, "layer": 1, "layers": (0, 2), "numbers": [3, 1, 2], "scale": 0.5},
     {"seed": 2, "layer": 3, "layers": (0, 2), "numbers": [5], "scale": -1.5},
@@ -141,12 +135,7 @@ def compare(text: str, net: nn.Module) -> None:
 
 
 def profile(staged: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def wrap(test: Callable[..., None]) -> Callable[..., None]:
-        checks = list(HealthCheck)
-        chosen = settings(max_examples=PROGRAMS, deadline=None, derandomize=ASKED is None, suppress_health_check=checks)
-        return chosen(given(text=programs(staged))(test))
-
-    return wrap
+    return lambda test: examples(20)(given(text=programs(staged))(test))
 
 
 @profile(staged=False)

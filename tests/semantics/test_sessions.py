@@ -183,7 +183,7 @@ REFUSED = [
     (NESTED, "a session cannot begin inside a session", 3),
     (f"    with model.trace(x):\n        with model.session():\n            {TRACE}\n",
      "a session cannot begin inside a forward", 3),
-    (f"    with model.session(remote=True):\n        {TRACE}\n", "`.session()` takes no arguments (remote)", 2),
+    (f"    with model.session(backend=1):\n        {TRACE}\n", "`.session()` takes no arguments (backend)", 2),
     ("    with model.session() as s:\n        with s.trace(x): h = 1\n", "a session has no `.trace`", 3),
     (ITER, "a session has no `.iter`", 3),
     ("    with model.session():\n        h = model[0].output\n", "values exist only while the model runs", 3),
@@ -202,8 +202,8 @@ def test_mistakes(body: str, reason: str, line: int) -> None:
 def test_mistakes_in_blocks() -> None:
     with pytest.raises(ExperimentError, match=r"`.session\(…\)` without `with` runs nothing"):
         model.session()
-    with pytest.raises(TraceArgumentError, match=r"`.session\(\)` takes no arguments \(remote\)"):
-        model.session(remote=True)
+    with pytest.raises(TraceArgumentError, match=r"`.session\(\)` takes no arguments but .* \(backend\)"):
+        model.session(backend=1)
     with pytest.raises(CompileError, match="a session cannot begin inside a session"):  # noqa: PT012, SIM117
         with model.session():
             with model.session():

@@ -1,9 +1,11 @@
-"""Which architectures the tests that go through all of them take.
+"""How much the tests go through: by default as much as takes minutes, and more where the environment asks for it.
 
-By default a few that differ most, so that the whole suite takes minutes. `NNSIGHT_COMPILER_ARCHITECTURES=all` in the
-environment takes all of them:
+    NNSIGHT_COMPILER_PROGRAMS=5000      that many random programs for each test that draws them, other ones each time
+    NNSIGHT_COMPILER_ARCHITECTURES=all  all architectures, not only the few that differ most
+    NNSIGHT_COMPILER_PARITY=all         each program that is compared with nnsight in both forms, not in one of the two
+    NNSIGHT_COMPILER_KILLS=50           that many processes of the service are killed by each test that kills them
 
-    NNSIGHT_COMPILER_ARCHITECTURES=all python -m pytest tests/runtime/test_attention_architectures.py
+as in `NNSIGHT_COMPILER_PROGRAMS=5000 python -m pytest tests/passes/test_eliminate_random_programs.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+PROGRAMS = os.environ.get("NNSIGHT_COMPILER_PROGRAMS")
 ALL = os.environ.get("NNSIGHT_COMPILER_ARCHITECTURES") == "all"
+KILLS = os.environ.get("NNSIGHT_COMPILER_KILLS")
+BOTH_FORMS = os.environ.get("NNSIGHT_COMPILER_PARITY") == "all"
 
 
 def some(names: Iterable[str], *few: str) -> list[str]:

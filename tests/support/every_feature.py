@@ -226,6 +226,34 @@ def call_a_helper(model, x):
     return changed, out
 
 
+class Scaler:
+    """A plain class, with a module in its objects."""
+
+    times = 2
+
+    def __init__(self) -> None:
+        self.shift, self.rounds, self.inner = torch.ones(WIDTH), [], nn.Identity()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.count = self.times
+        return self.scaled(self.inner(hidden)) + self.shift
+
+    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.rounds.append(1)
+        return hidden * self.times
+
+
+SCALER = Scaler()
+
+
+@intervene
+def call_an_object(model, x):
+    with model.trace(x):
+        model.layers[1].output = SCALER(model.layers[1].output)
+        out = model.output
+    return out
+
+
 @intervene
 def call_a_module(model, x):
     with model.trace(x):
@@ -444,6 +472,11 @@ def added(output: torch.Tensor) -> torch.Tensor:
     return output
 
 
+def shifted_twice(module: nn.Module, x: torch.Tensor) -> Any:
+    with hooks(module, ("layers.1", lambda output: output * 2 + 1)):
+        return module(x)
+
+
 def doubled_and_read(module: nn.Module, x: torch.Tensor) -> Any:
     (hidden,) = outputs(module, x, "layers.1")
     with hooks(module, ("layers.1", lambda output: output * 2)):
@@ -472,6 +505,7 @@ FEATURES = [
     Feature("branch_on_a_value", branch_on_a_value, branched),
     Feature("loop_over_columns", loop_over_columns, head("layers.0", columns)),
     Feature("call_a_helper", call_a_helper, doubled_and_read),
+    Feature("call_an_object", call_an_object, shifted_twice),
     Feature("call_a_module", call_a_module, lambda module, x: module.head(module.layers[0](x))),
     Feature("call_index", call_index, both_calls),
     Feature("patch", patch, patched),
