@@ -80,11 +80,11 @@ class JobHeader:
     blobs: Mapping[str, str]
 
 
-def read_header(source: Path | bytes) -> Header:
-    """The header of a file, given by its path or its bytes.
+def header_bytes(source: Path | bytes) -> tuple[bytes, int]:
+    """What a file begins with, up to the end of its header, and the bytes that it has in all.
 
     Raises:
-        FileError: it is no safetensors file, or one that no writer of jobs makes; with the reason.
+        FileError: it has no header, or one that is too long.
     """
     start, size = _beginning(source, 8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -92,7 +92,16 @@ def read_header(source: Path | bytes) -> Header:
         raise FileError("this is no safetensors file, or it is cut off")
     if length > MAX_HEADER:
         raise FileError(f"the header has {length} bytes, and {MAX_HEADER} are the most that is read")
-    held, _ = _beginning(source, 8 + length)
+    return _beginning(source, 8 + length)
+
+
+def read_header(source: Path | bytes) -> Header:
+    """The header of a file, given by its path or its bytes.
+
+    Raises:
+        FileError: it is no safetensors file, or one that no writer of jobs makes; with the reason.
+    """
+    held, size = header_bytes(source)
     try:
         text = held[8:].decode()
     except UnicodeDecodeError as error:
@@ -114,7 +123,7 @@ def read_header(source: Path | bytes) -> Header:
     if len(data) > MAX_TENSORS:
         raise FileError(f"the header describes more than {MAX_TENSORS} tensors")
     tensors = {name: _entry(name, entry) for name, entry in data.items()}
-    _cover(tensors, size - 8 - length)
+    _cover(tensors, size - len(held))
     return Header(tensors, metadata, size)
 
 
@@ -203,4 +212,4 @@ def _cover(tensors: Mapping[str, Entry], data: int) -> None:
         raise FileError(f"the file {what}: its tensors take {reached} bytes, and {data} follow the header")
 
 
-__all__ = ["SUPPORTED", "Entry", "Header", "JobHeader", "job_header", "read_header"]
+__all__ = ["SUPPORTED", "Entry", "Header", "JobHeader", "header_bytes", "job_header", "read_header"]

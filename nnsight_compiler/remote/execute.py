@@ -102,6 +102,7 @@ class Executor:
         """
         first = jobs[0]
         digest = first.digest
+        assert all(job.digest == digest for job in jobs), "jobs of one group have one code"
         loaded = self.load(first, digest)
         with undisturbed(first):
             try:

@@ -142,8 +142,15 @@ def pack(job: Job, sent: Mapping[str, str] | None = None) -> bytes:
 
 
 def packed(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """A document and its tensors as one file."""
-    return save(dict(tensors), metadata={KEY: json.dumps(document, allow_nan=False, separators=(",", ":"))})
+    """A document and its tensors as one file. Those that share memory, such as one that both an edit and the experiment
+    mention, are written one by one."""
+    seen: set[tuple[torch.device, int]] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        place = tensor.device, tensor.untyped_storage().data_ptr()
+        kept[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return save(kept, metadata={KEY: json.dumps(document, allow_nan=False, separators=(",", ":"))})
 
 
 def unpacked(data: bytes) -> tuple[object, dict[str, torch.Tensor]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from nnsight_compiler.ir.errors import FileError
 from nnsight_compiler.remote.container import JobHeader, job_header, read_header
 from nnsight_compiler.service.engine import Content
@@ -11,12 +14,19 @@ TENSOR = "tensor"
 """The one tensor of an upload."""
 
 
-def header_of_job(content: Content) -> JobHeader:
-    """What a job says of itself: its model, and the uploads that it names."""
+@contextmanager
+def expected_job() -> Iterator[None]:
+    """Inside, what is damaged is refused as a body that is no job."""
     try:
-        return job_header(read_header(content))
+        yield
     except FileError as error:
         raise Refusal(400, "not_a_job", f"the body is no job: {error}") from None
+
+
+def header_of_job(content: Content) -> JobHeader:
+    """What a job says of itself: its model, and the uploads that it names."""
+    with expected_job():
+        return job_header(read_header(content))
 
 
 def check_blob(content: Content) -> None:

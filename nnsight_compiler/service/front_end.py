@@ -13,6 +13,7 @@ from nnsight_compiler.service.bodies import Arrivals
 from nnsight_compiler.service.dispatcher import Dispatcher
 from nnsight_compiler.service.durable import Staged
 from nnsight_compiler.service.engine import Content, Data, Engine
+from nnsight_compiler.service.known_jobs import KnownJobs
 from nnsight_compiler.service.metrics import Metrics
 from nnsight_compiler.service.notices import Notices
 from nnsight_compiler.service.records import JobRecord, NoSpaceError, StoreError, Submitted
@@ -44,6 +45,7 @@ class FrontEnd:
         self.notices = Notices()
         self.arrivals = Arrivals(settings)
         self.turns = Turns()
+        self.known = KnownJobs()
         self.metrics = Metrics()
         self.models: dict[str, Data] = {}
         self._thread = thread

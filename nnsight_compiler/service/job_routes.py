@@ -7,7 +7,6 @@ import re
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from nnsight_compiler.service.arrived import header_of_job
 from nnsight_compiler.service.bodies import Body
 from nnsight_compiler.service.engine import RefusedError
 from nnsight_compiler.service.front_end import FrontEnd
@@ -81,7 +80,8 @@ async def _received(front: FrontEnd, request: Request, key: str | None) -> Submi
 
 
 async def _submit(front: FrontEnd, tenant: Tenant, body: Body, key: str | None) -> Submitted:
-    header = header_of_job(body.content)
+    arrived = front.known.arrived(body.content, tenant)
+    header = arrived.header
     if header.model not in front.models:
         names = ", ".join(front.models)
         raise Refusal(422, "unknown_model", f"this service has no model {header.model!r}; it has: {names}")
@@ -90,12 +90,15 @@ async def _submit(front: FrontEnd, tenant: Tenant, body: Body, key: str | None) 
         blobs[sha256] = await front.call(front.store.blob_path, tenant, sha256)
     if missing := [sha256 for sha256, path in blobs.items() if path is None]:
         raise _unknown_blobs(missing)
-    try:
+    admission = front.known.admission(arrived)
+    if admission is None:
         found = {sha256: path for sha256, path in blobs.items() if path is not None}
-        async with front.turns.of(tenant.name):
-            admission = await front.engine.admit(body.content, found, tenant.limits)
-    except RefusedError as refused:
-        raise refusal_of(refused) from None
+        try:
+            async with front.turns.of(tenant.name):
+                admission = await front.engine.admit(body.content, found, tenant.limits)
+        except RefusedError as refused:
+            raise refusal_of(refused) from None
+        front.known.admitted(arrived, admission)
     try:
         return await front.submit(
             tenant,

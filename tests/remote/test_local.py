@@ -428,6 +428,25 @@ def test_an_edited_model(tiny: LanguageModel) -> None:
     torch.testing.assert_close(logits_of(tiny, CLEAN, remote="local"), stream(tiny, CLEAN, 1)[1])
 
 
+def test_a_vector_that_an_edit_and_the_experiment_both_mention(tiny: LanguageModel) -> None:
+    vector = torch.linspace(-1, 1, 128)
+
+    def shifted(hidden):
+        return hidden + vector
+
+    @intervene
+    def twice(model, prompt):
+        with model.trace(prompt):
+            model.layers[1].output[:] = shifted(model.layers[1].output)
+            logits = model.lm_head.output
+        return logits
+
+    with tiny.edit() as edited:
+        edited.layers[1].output += vector
+    wanted = stream(tiny, CLEAN, 1, lambda hidden: hidden + 2 * vector)[1]
+    torch.testing.assert_close(twice(edited, CLEAN, remote="local"), wanted, atol=1e-5, rtol=1e-5)
+
+
 @intervene
 def by_own_names(model, prompt):
     with model.trace(prompt):
