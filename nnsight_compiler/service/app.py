@@ -61,7 +61,7 @@ def app(store: Store, keys: Keys | Tenant, engine: Engine, settings: Settings, t
         routes=routes,
         middleware=[
             Middleware(Metering, front.metrics, {each.endpoint: each.path.replace(":path", "") for each in routes}),
-            Middleware(Authentication, authenticate, wants_key=isinstance(keys, Keys)),
+            Middleware(Authentication, authenticate, wants_key=isinstance(keys, Keys), most=settings.requests),
         ],
         exception_handlers={
             Refusal: answer_refusal,

@@ -93,7 +93,10 @@ EVERYWHERE = {
     500: refusal("The service failed; its log says how."),
     503: refusal("The service's disk is full, or fails.", "Retry-After"),
 }
-WITH_KEY = {401: refusal("The key is missing or unknown.")}
+WITH_KEY = {
+    401: refusal("The key is missing or unknown."),
+    429: refusal("As many requests of the tenant are being answered as may be at once.", "Retry-After"),
+}
 
 
 def description(operations: Sequence[Operation], version: str) -> Schema:
@@ -118,7 +121,7 @@ def description(operations: Sequence[Operation], version: str) -> Schema:
 
 
 def _operation(operation: Operation) -> Schema:
-    answers = {**EVERYWHERE, **operation.answers, **(WITH_KEY if operation.wants_key else {})}
+    answers = {**EVERYWHERE, **(WITH_KEY if operation.wants_key else {}), **operation.answers}
     found: Schema = {
         "operationId": operation.endpoint.__name__,
         "summary": operation.summary,

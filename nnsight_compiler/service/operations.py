@@ -87,7 +87,9 @@ OPERATIONS = (
             422: refusal(
                 "The job is not admitted: `where` and `op` say at which line; `missing` names uploads to be made."
             ),
-            429: refusal("As many jobs wait as may.", "Retry-After"),
+            429: refusal(
+                "As many jobs wait as may, or as many requests of the tenant are being answered.", "Retry-After"
+            ),
             503: LATER,
         },
         ("wait", "Idempotency-Key"),

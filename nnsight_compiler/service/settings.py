@@ -21,6 +21,9 @@ class Settings:
     max_body: int = 256 * MEBIBYTE
     """Bytes of a request's body, for every tenant."""
 
+    requests: int = 256
+    """How many requests of one tenant are answered at once, streams of events and waiting ones among them."""
+
     max_wait: float = 60.0
     """The longest that a request may ask to wait for a result; a longer wish is cut to this."""
 

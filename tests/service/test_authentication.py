@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import logging
@@ -152,3 +153,27 @@ async def test_keys_stand_in_no_log_metric_answer_or_file(tmp_path: Path, capfd:
     for secret in (key[-43:], wrong[-43:]):
         assert secret not in shown
         assert not any(secret.encode() in data for data in kept)
+
+
+@asynchronous
+async def test_no_tenant_has_all_of_the_connections(tmp_path: Path) -> None:
+    async with service(tmp_path, requests=2) as running, client(running.app, running.other_key) as other:
+        id = await begun(running)
+        waiting = [asyncio.create_task(running.client.get(f"/v1/jobs/{id}?wait=60")) for _ in range(2)]
+        async with asyncio.timeout(5):
+            while len(running.front.notices._waiting.get(id, ())) < 2:
+                await asyncio.sleep(0)
+        for method, path in (("GET", f"/v1/jobs/{id}"), ("POST", "/v1/jobs"), ("GET", "/v1/models")):
+            answer = await running.client.request(method, path)
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+            assert answer.json()["error"] == {
+                "code": "too_many_requests",
+                "message": "2 requests of alice are being answered, as many as may be at once; try again later",
+                "where": None,
+                "op": None,
+            }
+        assert (await other.get("/v1/models")).status_code == 200
+        assert (await running.client.get("/healthz")).status_code == 200
+        running.engine.gates["end"].set()
+        assert [(await answer).json()["status"] for answer in waiting] == ["completed"] * 2
+        assert (await running.client.get(f"/v1/jobs/{id}")).status_code == 200
