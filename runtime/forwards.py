@@ -21,8 +21,8 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.passes.sites import PlacePort
 from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
+from nnsight_compiler.runtime.autograd_recording import adapters, recorded
 from nnsight_compiler.runtime.generation import Asked, Generation, covers
-from nnsight_compiler.runtime.gradients import adapters, recorded
 from nnsight_compiler.runtime.hooks import (
     SitePlan,
     Started,

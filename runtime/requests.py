@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from nnsight_compiler.runtime.calls import CallRequest
 from nnsight_compiler.runtime.forwards import Forward, Given, Runnable, Running
-from nnsight_compiler.runtime.gradients import BackwardRequest, GradientsRequest
+from nnsight_compiler.runtime.gradient_requests import BackwardRequest, GradientsRequest
 from nnsight_compiler.runtime.input_axes import InputAxes, are_flat, input_axes, places
 from nnsight_compiler.runtime.prefixes import Prefix
 from nnsight_compiler.runtime.scanning import ready
