@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -123,6 +124,20 @@ def adapters(root: nn.Module) -> list[nn.Parameter]:
 
 def _size(parameters: list[nn.Parameter]) -> int:
     return sum(each.numel() for each in parameters)
+
+
+def requires_grad(value: Any, depth: int = 4) -> bool:
+    """Whether a value is, or holds, a tensor that requires a gradient: in containers, modules and plain objects."""
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    if isinstance(value, nn.Module):
+        return any(parameter.requires_grad for parameter in value.parameters())
+    if not depth or isinstance(value, (type, ModuleType, FunctionType)) or hasattr(type(value), "_ready"):
+        return False
+    if isinstance(value, (list, tuple)):
+        return any(requires_grad(item, depth - 1) for item in value)
+    held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    return isinstance(held, dict) and any(requires_grad(item, depth - 1) for item in held.values())
 
 
 class _Begin(torch.autograd.Function):

@@ -23,7 +23,7 @@ from nnsight_compiler.runtime.axes import AxisError
 from nnsight_compiler.runtime.budget import Allowance, Needs, is_out_of_memory
 from nnsight_compiler.runtime.calls import CallRequest, run_calls
 from nnsight_compiler.runtime.formulas import Opaque
-from nnsight_compiler.runtime.forwards import Confirm, Forward, Given, Running, shapes_of
+from nnsight_compiler.runtime.forwards import Forward, Running
 from nnsight_compiler.runtime.gradient_requests import (
     BackwardRequest,
     GradientsRequest,
@@ -32,6 +32,8 @@ from nnsight_compiler.runtime.gradient_requests import (
 )
 from nnsight_compiler.runtime.gradients import of_rows
 from nnsight_compiler.runtime.hooks import SiteFunction, SitePlan, are_watched
+from nnsight_compiler.runtime.inputs import Given, shapes_of
+from nnsight_compiler.runtime.invokes import Confirm
 from nnsight_compiler.runtime.joint import joint
 from nnsight_compiler.runtime.prefixes import repeated
 from nnsight_compiler.runtime.requests import Request, Requests, forwards_in
