@@ -22,6 +22,7 @@ from nnsight_compiler.runtime.autograd_recording import plainly, require
 from nnsight_compiler.runtime.axes import AxisError
 from nnsight_compiler.runtime.budget import Allowance, Needs, is_out_of_memory
 from nnsight_compiler.runtime.calls import CallRequest, run_calls
+from nnsight_compiler.runtime.divided_sites import Divided
 from nnsight_compiler.runtime.formulas import Opaque
 from nnsight_compiler.runtime.forwards import Forward, Running
 from nnsight_compiler.runtime.gradient_requests import (
@@ -37,8 +38,8 @@ from nnsight_compiler.runtime.invokes import Confirm
 from nnsight_compiler.runtime.joint import joint
 from nnsight_compiler.runtime.prefixes import repeated
 from nnsight_compiler.runtime.requests import Request, Requests, forwards_in
-from nnsight_compiler.runtime.rows import Divided, Share, SiteAxes, SitesAxes, Sizes
 from nnsight_compiler.runtime.runs import RECORDER
+from nnsight_compiler.runtime.shares import Share, SiteAxes, SitesAxes, Sizes
 from nnsight_compiler.runtime.sites import first_argument
 
 ENOUGH = {"cpu": 1024, "cuda": 8192}

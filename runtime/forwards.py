@@ -39,9 +39,9 @@ from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.prefixes import Prefix, replaying, without_cache
 from nnsight_compiler.runtime.prompts import remembering
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
-from nnsight_compiler.runtime.rows import Share
 from nnsight_compiler.runtime.runs import RECORDER, SiteName
 from nnsight_compiler.runtime.scanning import as_it_runs, prepared, ready, resolve
+from nnsight_compiler.runtime.shares import Share
 from nnsight_compiler.runtime.stopping import not_reached
 
 

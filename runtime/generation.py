@@ -17,8 +17,8 @@ from torch import nn
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.runtime.active import ACTIVE
-from nnsight_compiler.runtime.rows import Sizes
 from nnsight_compiler.runtime.runs import RECORDER
+from nnsight_compiler.runtime.shares import Sizes
 
 Steps = tuple[int, int | None]
 """From a step to one before another, or open-ended."""

@@ -10,9 +10,9 @@ from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.runtime.generation import Generation
 from nnsight_compiler.runtime.inputs import Given, Runnable
-from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
 from nnsight_compiler.runtime.runs import SiteName
 from nnsight_compiler.runtime.scanning import ready
+from nnsight_compiler.runtime.shares import Share, SitesAxes, Sizes
 
 Confirm = Callable[[Any, Given, tuple[SiteName, ...]], str | None]
 """Says why invokes cannot share the sites of a model's forward on these inputs; `None` where they can."""

@@ -52,9 +52,9 @@ from nnsight_compiler.runtime.placed import (
 )
 from nnsight_compiler.runtime.prompts import repeats_prompts
 from nnsight_compiler.runtime.requests import served
-from nnsight_compiler.runtime.rows import SiteAxes, SitesAxes
 from nnsight_compiler.runtime.runs import SiteName
 from nnsight_compiler.runtime.scanning import resolve
+from nnsight_compiler.runtime.shares import SiteAxes, SitesAxes
 from nnsight_compiler.runtime.statements import Statements
 from nnsight_compiler.runtime.together import Together
 from nnsight_compiler.runtime.trees import function, load, locate, plain_arguments

@@ -35,6 +35,7 @@ from nnsight_compiler.passes.share_prefixes import replayed_paths, written_piece
 from nnsight_compiler.runtime import gradients
 from nnsight_compiler.runtime.batching import Batcher
 from nnsight_compiler.runtime.budget import Needs
+from nnsight_compiler.runtime.divided_sites import Divided
 from nnsight_compiler.runtime.forwards import Forward
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.generation import Asked
@@ -53,7 +54,6 @@ from nnsight_compiler.runtime.placed import (
     wants_gradients,
 )
 from nnsight_compiler.runtime.placed_statements import Axes, Stages
-from nnsight_compiler.runtime.rows import Divided
 from nnsight_compiler.runtime.scanning import scanning
 from nnsight_compiler.runtime.skipping import Left
 from nnsight_compiler.runtime.stopping import Later
