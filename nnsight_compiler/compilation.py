@@ -51,7 +51,7 @@ from nnsight_compiler.passes.streams import Stream
 from nnsight_compiler.passes.unite_forwards import unite_forwards
 from nnsight_compiler.positions_apart import conditions_of
 from nnsight_compiler.runtime.functions import generate_function
-from nnsight_compiler.runtime.observe import Observation, registered
+from nnsight_compiler.runtime.observation import Observation, registered
 from nnsight_compiler.runtime.placed_statements import Axes
 from nnsight_compiler.runtime.plans import Plan, plan
 from nnsight_compiler.runtime.shares import SiteAxes

@@ -19,7 +19,7 @@ from nnsight_compiler.runtime.costs import Cost, bound
 from nnsight_compiler.runtime.free_memory import free_memory
 from nnsight_compiler.runtime.inputs import Given
 from nnsight_compiler.runtime.kept import site_bytes
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.requests import Request
 
 Measured = tuple[Axes, Callable[[], Cost]]

@@ -34,7 +34,7 @@ from nnsight_compiler.runtime.hooks import (
 from nnsight_compiler.runtime.inputs import Given, Runnable, copied, shapes_of
 from nnsight_compiler.runtime.invokes import Invokes
 from nnsight_compiler.runtime.kept import Kept, event_of
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.prefixes import Prefix, replaying, without_cache
 from nnsight_compiler.runtime.prompts import remembering

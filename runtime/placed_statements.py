@@ -45,7 +45,7 @@ from nnsight_compiler.runtime.forwards import Forward
 from nnsight_compiler.runtime.inputs import Given
 from nnsight_compiler.runtime.invokes import Confirm
 from nnsight_compiler.runtime.names import Names
-from nnsight_compiler.runtime.observe import Observation
+from nnsight_compiler.runtime.observation import Observation
 from nnsight_compiler.runtime.placed import (
     crossing,
     placed,

@@ -43,7 +43,7 @@ from nnsight_compiler.runtime.hooks import SitePlan
 from nnsight_compiler.runtime.invokes import Invokes
 from nnsight_compiler.runtime.kept import footprints
 from nnsight_compiler.runtime.model_statements import ModelStatements
-from nnsight_compiler.runtime.observe import Observation
+from nnsight_compiler.runtime.observation import Observation
 from nnsight_compiler.runtime.placed import (
     counted_from_the_end,
     invoked,
