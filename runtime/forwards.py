@@ -265,7 +265,7 @@ class Forward:
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             ACTIVE.run = run
             if self.copies:
-                args, kwargs = copied((args, kwargs))
+                args, kwargs = copied((args, kwargs), {})
             with as_it_runs(), self._recorded(running):
                 if generation is not None:
                     result = generation.run(root, args, kwargs)

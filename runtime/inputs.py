@@ -30,24 +30,20 @@ def shapes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ..
     return tuple([getattr(value, "shape", None) for value in (*args, *kwargs.values())])
 
 
-def copied(given: Given) -> Given:
-    """Copies of inputs: of the tensors in them, and of the containers around these. What is one stays one."""
-    made: Given = _copy(given, {})
-    return made
-
-
-def _copy(value: Any, made: dict[int, Any]) -> Any:
+def copied(value: Any, made: dict[int, Any]) -> Any:
+    """A copy of an input: of the tensors in it, and of the containers around them. What is one stays one: `made` holds
+    the copies so far."""
     if id(value) in made:
         return made[id(value)]
     if isinstance(value, torch.Tensor):
         copy: Any = value.clone()
     elif isinstance(value, tuple):
-        items = [_copy(item, made) for item in value]
+        items = [copied(item, made) for item in value]
         copy = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     elif type(value) is list:
-        copy = [_copy(item, made) for item in value]
+        copy = [copied(item, made) for item in value]
     elif type(value) is dict:
-        copy = {name: _copy(item, made) for name, item in value.items()}
+        copy = {name: copied(item, made) for name, item in value.items()}
     else:
         return value
     made[id(value)] = copy
