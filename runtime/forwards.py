@@ -196,6 +196,23 @@ class Forward:
             return running
         return self.resumed(running, base.values())
 
+    def _generating(
+        self, root: nn.Module, kwargs: dict[str, Any], states: Sequence[Any], fired: list[int], several: bool
+    ) -> Generation:
+        """A generation that is about to run; takes from its arguments what is not the model's. `several`: whether rows
+        of its batch are to be told apart."""
+        asked = self.generation
+        assert asked is not None
+
+        def settle(step: int) -> None:
+            check_fired(self.sites, fired, root, states[0], step=step)
+            fired[:] = [0] * len(fired)
+
+        on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
+        generation = Generation(self.span, asked, states, settle, on_token, seed)
+        generation.check(root, kwargs, self.span if several else None)
+        return generation
+
     def resumes(self, running: Running) -> bool:
         """Whether modules may be replayed: what they give has no gradients, and they change nothing by running."""
         given = (*running.args, *running.kwargs.values())
@@ -302,12 +319,12 @@ class Forward:
                 missing = tuple(each for each in site.later if not hasattr(state, each.slot))
                 not_reached(state, missing, stopped.where)
             return
-        plans = running.plans or (self,) * len(running.states)
-        for share, plan in zip(running.shares or (None,), plans, strict=True):
+        shares, plans = running.shares or (None,), running.plans or (self,) * len(running.states)
+        for share, plan in zip(shares, plans, strict=True):
             assert plan.generation is not None
             count = generation.count if share is None else share.length or generation.count
             generation.finish(plan.generation.steps, count)
-        for share, of, plan in zip(running.shares or (None,), running.states, plans, strict=True):
+        for share, of, plan in zip(shares, running.states, plans, strict=True):
             for site in plan.results:
                 site.function(result if share is None else share.result(result), of)
 
@@ -333,27 +350,6 @@ class Forward:
             return True
         return any(map(requires_grad, self._attached(model).values()))
 
-    def _attached(self, model: Runnable) -> dict[str, nn.Module]:
-        """The modules that were attached to the model, of those that the body calls."""
-        return {path: resolve(model, path) for path in self.own & getattr(model, "_attached", set())}
-
-    def _generating(
-        self, root: nn.Module, kwargs: dict[str, Any], states: Sequence[Any], fired: list[int], several: bool
-    ) -> Generation:
-        """A generation that is about to run; takes from its arguments what is not the model's. `several`: whether rows
-        of its batch are to be told apart."""
-        asked = self.generation
-        assert asked is not None
-
-        def settle(step: int) -> None:
-            check_fired(self.sites, fired, root, states[0], step=step)
-            fired[:] = [0] * len(fired)
-
-        on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
-        generation = Generation(self.span, asked, states, settle, on_token, seed)
-        generation.check(root, kwargs, self.span if several else None)
-        return generation
-
     def may_record(self, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether gradients are asked for, or something that a run brings requires them."""
         return self.wanted is not None or self._records(state, args, kwargs)
@@ -361,3 +357,7 @@ class Forward:
     def _records(self, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         brought = (getattr(state, name, None) for name in self.brings)
         return any(map(requires_grad, (*brought, *args, *kwargs.values())))
+
+    def _attached(self, model: Runnable) -> dict[str, nn.Module]:
+        """The modules that were attached to the model, of those that the body calls."""
+        return {path: resolve(model, path) for path in self.own & getattr(model, "_attached", set())}
