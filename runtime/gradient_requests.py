@@ -58,7 +58,7 @@ def run_backwards(passes: Sequence[BackwardRequest]) -> None:
     if not _are_apart(passes):
         _one_by_one(passes)
         return
-    models = [model for each in passes for model in each.models]
+    models = {id(model): model for each in passes for model in each.models}.values()
     backward([(each.plan, each.tracked, each.state) for each in passes], _total(passes), models, (), {})
 
 

@@ -272,7 +272,7 @@ def backward(
 def _spare(loss: torch.Tensor, models: Iterable[Any], named: tuple[str, ...]) -> list[Any]:
     """Has the weights of these models accumulate nothing where a loss reaches them, but for those that are named."""
     weights: set[int] = set()
-    for model in {id(model): model for model in models}.values():
+    for model in models:
         counting = counted_parameters(model._module, named)
         weights.update(
             id(each) for each in model._module.parameters() if each.requires_grad and id(each) not in counting

@@ -57,7 +57,11 @@ class Invokes:
         inputs = batch.kwargs
         if generation is not None:  # its options are none of the model's forward
             inputs = {name: value for name, value in inputs.items() if name in model._forward_parameters()}
-        self._require_shareable(model, (batch.args, inputs))
+        if self.divided and not self._confirmed:
+            wrong = self.confirm(model, (batch.args, inputs), self.divided)
+            if wrong is not None:
+                raise RunError(f"{self.span}: {wrong}")
+            self._confirmed = True
         sizes = Sizes(batch.rows, batch.tokens)
         if self.axes is not None:
             sizes.axes = self.axes(model, (batch.args, inputs))
@@ -75,11 +79,3 @@ class Invokes:
             )
         kwargs = {name: value for name, value in batch.kwargs.items() if name != "position_ids"}
         return model._prepare_generation(batch.args, kwargs)  # the model makes positions at each step, from the mask
-
-    def _require_shareable(self, model: Runnable, inputs: Given) -> None:
-        if not self.divided or self._confirmed:
-            return
-        wrong = self.confirm(model, inputs, self.divided)
-        if wrong is not None:
-            raise RunError(f"{self.span}: {wrong}")
-        self._confirmed = True
