@@ -33,7 +33,7 @@ from nnsight_compiler.passes.manager import PassResult
 from nnsight_compiler.passes.shapes import Extent
 from nnsight_compiler.passes.specialise import Specialised
 from nnsight_compiler.passes.survey import Unchecked, UncheckedError, survey
-from nnsight_compiler.runtime.observe import Observation
+from nnsight_compiler.runtime.observation import Observation
 from nnsight_compiler.shapes import Inputs, extent_of
 
 Placed = TypeVar("Placed", Diagnostic, Unchecked)

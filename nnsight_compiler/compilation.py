@@ -51,10 +51,10 @@ from nnsight_compiler.passes.streams import Stream
 from nnsight_compiler.passes.unite_forwards import unite_forwards
 from nnsight_compiler.positions_apart import conditions_of
 from nnsight_compiler.runtime.functions import generate_function
-from nnsight_compiler.runtime.observe import Observation, registered
+from nnsight_compiler.runtime.observation import Observation, registered
 from nnsight_compiler.runtime.placed_statements import Axes
 from nnsight_compiler.runtime.plans import Plan, plan
-from nnsight_compiler.runtime.rows import SiteAxes
+from nnsight_compiler.runtime.shares import SiteAxes
 from nnsight_compiler.runtime.support import UNBOUND
 from nnsight_compiler.shapes import Inputs, found_axes, site_axes, why_not_apart
 

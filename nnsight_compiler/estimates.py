@@ -21,7 +21,7 @@ from nnsight_compiler.passes.specialise import Specialised
 from nnsight_compiler.runtime.axes import Axes, AxisError
 from nnsight_compiler.runtime.costs import Cost
 from nnsight_compiler.runtime.cut import layer_lists
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.runs import Ran
 from nnsight_compiler.shapes import Inputs
 

@@ -17,7 +17,8 @@ from nnsight_compiler.runtime.axes import Axes, infer_axes
 from nnsight_compiler.runtime.costs import Cost, measure_cost
 from nnsight_compiler.runtime.input_axes import InputAxes, input_axes, places
 from nnsight_compiler.runtime.likeness import Alike
-from nnsight_compiler.runtime.observe import Observation, observe, registered
+from nnsight_compiler.runtime.observation import Observation, registered
+from nnsight_compiler.runtime.observe import observe
 from nnsight_compiler.runtime.operations import alike
 
 _axes: WeakKeyDictionary[Any, dict[Any, Axes]] = WeakKeyDictionary()

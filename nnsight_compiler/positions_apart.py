@@ -11,8 +11,8 @@ from torch import nn
 from nnsight_compiler.ir.types import TensorType
 from nnsight_compiler.passes.facts import Guard, Guards
 from nnsight_compiler.passes.parts import Positionwise
-from nnsight_compiler.runtime.gradients import adapters
-from nnsight_compiler.runtime.observe import Event, Observation
+from nnsight_compiler.runtime.autograd_recording import adapters
+from nnsight_compiler.runtime.observation import Event, Observation
 from nnsight_compiler.runtime.positionwise import condition, why_not_positionwise
 
 

@@ -18,9 +18,9 @@ from nnsight_compiler.passes.sites import PlacePort, event_port
 from nnsight_compiler.passes.stand_ins import UNKNOWN
 from nnsight_compiler.runtime.apart import mixed
 from nnsight_compiler.runtime.axes import Axes, AxisError, Opaque, TensorAxes
-from nnsight_compiler.runtime.observe import Event
-from nnsight_compiler.runtime.rows import SiteAxes, SitesAxes
+from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.shadow import is_transformers
+from nnsight_compiler.runtime.shares import SiteAxes, SitesAxes
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -18,10 +18,10 @@ from nnsight_compiler.passes.rows import Part
 from nnsight_compiler.runtime.active import ACTIVE
 from nnsight_compiler.runtime.formulas import Opaque, TensorAxes
 from nnsight_compiler.runtime.input_axes import InputAxes, Sampler, places
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.operations import Operations
-from nnsight_compiler.runtime.rows import CannotDivideError, Share, SiteAxes, Sizes, region
 from nnsight_compiler.runtime.shadow import Reals, generators_kept, shadowed
+from nnsight_compiler.runtime.shares import CannotDivideError, Share, SiteAxes, Sizes, region
 
 ROWS, TOKENS = 3, 5
 _SECOND = Share(Part(1, 2, 0, TOKENS), Sizes(ROWS, TOKENS))

@@ -21,7 +21,9 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from nnsight_compiler.runtime.rewriting import NoSourceError, forward_of, listing, rewritten
+from nnsight_compiler.runtime.replacing import forward_of
+from nnsight_compiler.runtime.rewriting import rewritten
+from nnsight_compiler.runtime.source_operations import NoSourceError, listing
 
 Hook = Callable[[Any], Any]
 """Takes a value and gives the one with which the model goes on."""

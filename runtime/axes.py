@@ -27,7 +27,7 @@ from nnsight_compiler.runtime.cut import Cut, plan_cut, windows
 from nnsight_compiler.runtime.formulas import Opaque, Setting, TensorAxes, same, solved
 from nnsight_compiler.runtime.forward_record import Leaves, Record, record
 from nnsight_compiler.runtime.input_axes import InputAxes, Sampler, input_axes
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.shadow import Fakes, Reals, as_inputs, generators_kept, has_weights, shadowed
 
 __all__ = ["AxisError", "Axes", "InputAxes", "Opaque", "TensorAxes", "infer_axes", "input_axes"]

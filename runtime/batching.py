@@ -18,26 +18,28 @@ from torch.utils import _pytree as pytree
 from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.passes.remarks import Remark
 from nnsight_compiler.passes.rows import Batch
+from nnsight_compiler.runtime.autograd_recording import plainly, require
 from nnsight_compiler.runtime.axes import AxisError
 from nnsight_compiler.runtime.budget import Allowance, Needs, is_out_of_memory
 from nnsight_compiler.runtime.calls import CallRequest, run_calls
+from nnsight_compiler.runtime.divided_sites import Divided
 from nnsight_compiler.runtime.formulas import Opaque
-from nnsight_compiler.runtime.forwards import Confirm, Forward, Given, Running, shapes_of
-from nnsight_compiler.runtime.gradients import (
+from nnsight_compiler.runtime.forwards import Forward, Running
+from nnsight_compiler.runtime.gradient_requests import (
     BackwardRequest,
     GradientsRequest,
-    of_rows,
-    plainly,
-    require,
     run_backwards,
     run_gradients,
 )
+from nnsight_compiler.runtime.gradients import of_rows
 from nnsight_compiler.runtime.hooks import SiteFunction, SitePlan, are_watched
+from nnsight_compiler.runtime.inputs import Given, shapes_of
+from nnsight_compiler.runtime.invokes import Confirm
 from nnsight_compiler.runtime.joint import joint
 from nnsight_compiler.runtime.prefixes import repeated
 from nnsight_compiler.runtime.requests import Request, Requests, forwards_in
-from nnsight_compiler.runtime.rows import Divided, Share, SiteAxes, SitesAxes, Sizes
 from nnsight_compiler.runtime.runs import RECORDER
+from nnsight_compiler.runtime.shares import Share, SiteAxes, SitesAxes, Sizes
 from nnsight_compiler.runtime.sites import first_argument
 
 ENOUGH = {"cpu": 1024, "cuda": 8192}

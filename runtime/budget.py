@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 from nnsight_compiler.runtime.axes import Axes, AxisError
 from nnsight_compiler.runtime.costs import Cost, bound
-from nnsight_compiler.runtime.forwards import Given
 from nnsight_compiler.runtime.free_memory import free_memory
+from nnsight_compiler.runtime.inputs import Given
 from nnsight_compiler.runtime.kept import site_bytes
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.requests import Request
 
 Measured = tuple[Axes, Callable[[], Cost]]

@@ -19,7 +19,7 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import FileError, ModelError
 from nnsight_compiler.passes.caching import module_named
-from nnsight_compiler.runtime.rows import Withheld
+from nnsight_compiler.runtime.shares import Withheld
 
 PORTS = ("output", "input", "inputs")
 

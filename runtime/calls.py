@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from nnsight_compiler.runtime.gradients import Frozen
+from nnsight_compiler.runtime.autograd_recording import Frozen
 
 
 @final

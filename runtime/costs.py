@@ -23,7 +23,7 @@ from nnsight_compiler.runtime.axes import Axes, AxisError
 from nnsight_compiler.runtime.cut import Cut, plan_cut
 from nnsight_compiler.runtime.input_axes import Sampler
 from nnsight_compiler.runtime.meter import Meter
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.shadow import Fakes, Reals, as_inputs, generators_kept, has_weights, shadowed
 
 _ROWS = (2, 5)

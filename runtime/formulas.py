@@ -10,7 +10,7 @@ import torch
 
 from nnsight_compiler.runtime.extent import Extent, solve
 from nnsight_compiler.runtime.forward_record import Leaves, Other, Record, Seen
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 
 Setting = tuple[int, int]
 """A number of rows and a number of tokens."""

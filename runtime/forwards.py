@@ -6,61 +6,43 @@ registered it: another thread, a run inside this one, and a module that the body
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import product
-from types import FunctionType, ModuleType
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import nn
 
-from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.passes.rows import Batch
-from nnsight_compiler.passes.sites import PlacePort
-from nnsight_compiler.runtime.active import ACTIVE as _ACTIVE
-from nnsight_compiler.runtime.generation import Asked, Generation, covers
-from nnsight_compiler.runtime.gradients import adapters, recorded
+from nnsight_compiler.runtime.active import ACTIVE
+from nnsight_compiler.runtime.autograd_recording import adapters, recorded, requires_grad
+from nnsight_compiler.runtime.firing import check_fired
+from nnsight_compiler.runtime.generation import Asked, Generation
 from nnsight_compiler.runtime.hooks import (
     SitePlan,
     Started,
     Stop,
     are_watched,
     input_hook,
+    module_of,
     output_hook,
     skipped,
     step_hook,
 )
+from nnsight_compiler.runtime.inputs import Given, Runnable, copied, shapes_of
+from nnsight_compiler.runtime.invokes import Invokes
 from nnsight_compiler.runtime.kept import Kept, event_of
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.operations import Operations
 from nnsight_compiler.runtime.prefixes import Prefix, replaying, without_cache
 from nnsight_compiler.runtime.prompts import remembering
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
-from nnsight_compiler.runtime.rows import Share, SitesAxes, Sizes
-from nnsight_compiler.runtime.runs import RECORDER
-from nnsight_compiler.runtime.scanning import as_it_runs, prepared, ready
+from nnsight_compiler.runtime.runs import RECORDER, SiteName
+from nnsight_compiler.runtime.scanning import as_it_runs, prepared, ready, resolve
+from nnsight_compiler.runtime.shares import Share
 from nnsight_compiler.runtime.stopping import not_reached
-
-Given = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a forward, or of an invoke."""
-SiteName = tuple[str, PlacePort, int]
-"""The path of a module, a port, a call."""
-Confirm = Callable[[Any, Given, tuple[SiteName, ...]], str | None]
-"""Says why invokes cannot share the sites of a model's forward on these inputs; `None` where they can."""
-
-
-class Runnable(Protocol):
-    """A wrapped model."""
-
-    def _ready(self) -> nn.Module: ...
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
-    def _batch(self, given: Sequence[Given], options: Mapping[str, Any]) -> Batch: ...
-    def _forward_parameters(self) -> Collection[str]: ...
-    def _prepare_generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given: ...
-    def _first_step(self, inputs: Given) -> Given | None: ...
 
 
 @final
@@ -108,10 +90,7 @@ class Forward:
         requires them.
     wanted: where a gradient is asked for, which is also recorded then.
     named: the weights whose gradients count, by their paths.
-    invokes: for each invoke that brings input, the name in the state of its share, or nothing if no site asks for it.
-    divided: the path, port and call of each site that invokes share, and `confirm` says of them why they cannot;
-        asked once, before the first run.
-    axes: tells, of the inputs, what stands at the sites that invokes share, where that was not known before the run.
+    invokes: what brings its input, where that is invokes.
     own: the paths of the modules that the body calls: where one was attached, its weights count, and gradients are
         recorded where it is trained.
     replays: the modules that do not run where a prefix holds what they give, each with whether that must be a copy.
@@ -138,10 +117,7 @@ class Forward:
     own: frozenset[str] = frozenset()
     wanted: Span | None = None
     named: tuple[str, ...] = ()
-    invokes: tuple[str, ...] = ()
-    axes: Callable[[Any, Given], SitesAxes] | None = None
-    divided: tuple[SiteName, ...] = ()
-    confirm: Confirm | None = None
+    invokes: Invokes | None = None
     results: tuple[SitePlan, ...] = ()
     replays: Mapping[str, bool] = field(default_factory=dict)
     generation: Asked | None = None
@@ -154,7 +130,6 @@ class Forward:
     events: tuple[Event, ...] = ()
     alike: Any = field(init=False)
     _whole: set[Any] = field(default_factory=set)
-    _confirmed: bool = False
 
     def __post_init__(self) -> None:
         bound = tuple((*site.name, site.required, site.calls) for site in self.sites if site.required or site.calls)
@@ -175,20 +150,18 @@ class Forward:
         """
         grad = kwargs.pop("grad", False)
         root = ready(model)
-        run, fired = object(), list[int]()
+        fired: list[int] = []
         generation = None
         if self.generation is not None:
-            several = self.span if len(invokes) > 1 else None
-            generation = self.generating(root, kwargs, (state,), run, fired, several)
+            generation = self._generating(root, kwargs, (state,), fired, len(invokes) > 1)
         if invokes:
             with remembering(getattr(state, self.prompts, None)):
-                args, kwargs = self._batched(model, invokes, kwargs, state, generation)
+                assert self.invokes is not None, "the plan says what invokes bring"
+                args, kwargs = self.invokes.batched(model, invokes, kwargs, state, generation)
         else:
             args, kwargs = self.prepared(model, args, kwargs, state)
         self.run_prepared(
-            Running(
-                model, root, args, kwargs, (state,), self.sites, grad=grad, run=run, fired=fired, generation=generation
-            )
+            Running(model, root, args, kwargs, (state,), self.sites, grad=grad, fired=fired, generation=generation)
         )
 
     def prepared(self, model: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> Given:
@@ -213,20 +186,37 @@ class Forward:
         base: Prefix | None = None,
     ) -> Running:
         """A run on prepared arguments, in which these states take part."""
-        run, fired = object(), list[int]()
+        fired: list[int] = []
         generation = None
         if self.generation is not None:
             kwargs = dict(kwargs)
-            generation = self.generating(root, kwargs, states, run, fired, self.span if len(states) > 1 else None)
-        running = Running(model, root, args, kwargs, states, self.sites, run=run, fired=fired, generation=generation)
+            generation = self._generating(root, kwargs, states, fired, len(states) > 1)
+        running = Running(model, root, args, kwargs, states, self.sites, fired=fired, generation=generation)
         if base is None or are_watched(root) or not self.resumes(running):
             return running
         return self.resumed(running, base.values())
 
+    def _generating(
+        self, root: nn.Module, kwargs: dict[str, Any], states: Sequence[Any], fired: list[int], several: bool
+    ) -> Generation:
+        """A generation that is about to run; takes from its arguments what is not the model's. `several`: whether rows
+        of its batch are to be told apart."""
+        asked = self.generation
+        assert asked is not None
+
+        def settle(step: int) -> None:
+            check_fired(self.sites, fired, root, states[0], step=step)
+            fired[:] = [0] * len(fired)
+
+        on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
+        generation = Generation(self.span, asked, states, settle, on_token, seed)
+        generation.check(root, kwargs, self.span if several else None)
+        return generation
+
     def resumes(self, running: Running) -> bool:
         """Whether modules may be replayed: what they give has no gradients, and they change nothing by running."""
         given = (*running.args, *running.kwargs.values())
-        gradients = self.named or any(map(_requires_grad, given)) or adapters(running.root)
+        gradients = self.named or any(map(requires_grad, given)) or adapters(running.root)
         return not running.root.training and not (torch.is_grad_enabled() and gradients)
 
     def resumed(self, running: Running, values: Mapping[str, Any]) -> Running:
@@ -261,7 +251,8 @@ class Forward:
         handles: list[Any] = [operations]
         starts: dict[int, Started] = {}
         stopped: Stop | None = None
-        before = _ACTIVE.run
+        result: Any = None
+        before = ACTIVE.run
         if generation is None:
             RECORDER.count(self.span)
         began = RECORDER.begin()
@@ -269,9 +260,9 @@ class Forward:
             if generation is not None:
                 handles.append(root.register_forward_pre_hook(step_hook(generation, run)))
             for path, replacement in running.replaced.items():
-                handles.append(Replaced(root.get_submodule(path), _ACTIVE, run, replacement))
+                handles.append(Replaced(root.get_submodule(path), ACTIVE, run, replacement))
             for index, site in enumerate(sites):
-                module = operations.operation(site.path) if ":" in site.path else self._module(root, site)
+                module = operations.operation(site.path) if ":" in site.path else module_of(root, site)
                 ends = stops and index == last
                 if site.port == "output":
                     started = None if site.call is None else Started(run)
@@ -285,13 +276,13 @@ class Forward:
                     )
                 elif site.port == "skip":
                     skip = skipped(sites, run, state, fired, index, starts)
-                    handles.append(Replaced(module, _ACTIVE, run, skip))
+                    handles.append(Replaced(module, ACTIVE, run, skip))
                 else:
                     hook = input_hook(site, run, state, fired, index, ends)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            _ACTIVE.run = run
+            ACTIVE.run = run
             if self.copies:
-                args, kwargs = _copied((args, kwargs), {})
+                args, kwargs = copied((args, kwargs), {})
             with as_it_runs(), self._recorded(running):
                 if generation is not None:
                     result = generation.run(root, args, kwargs)
@@ -302,7 +293,7 @@ class Forward:
                 raise
             stopped = stop.with_traceback(None)  # which would hold this frame, and this frame holds it
         finally:
-            _ACTIVE.run = before
+            ACTIVE.run = before
             for handle in handles:
                 handle.remove()
         if began is not None:
@@ -311,27 +302,31 @@ class Forward:
             steps = generation.count if generation is not None else 1
             plans = tuple(dict.fromkeys(running.plans)) or (self,)
             began.end(plans, args, kwargs, name, steps, len(running.states), tuple(running.replaced))
-        if generation is not None and self.generation is not None:
-            if stopped is not None:
-                assert stopped.site is not None
-                assert stopped.where is not None
-                for site in (*self.sites, *self.results):  # what earlier steps made stays
-                    missing = tuple(each for each in site.later if not hasattr(state, each.slot))
-                    not_reached(state, missing, stopped.where)
-                return
-            if not running.shares:
-                generation.finish(self.generation.steps, generation.count)
-            plans = running.plans or (self,) * len(running.states)
-            for share, plan in zip(running.shares, plans, strict=False):
-                assert plan.generation is not None
-                generation.finish(plan.generation.steps, share.length or generation.count)
-            for own, of, plan in zip(running.shares or (None,), running.states, plans, strict=True):
-                for site in plan.results:
-                    site.function(result if own is None else own.result(result), of)
+        if generation is not None:
+            self._end_generation(running, generation, result, stopped)
             return
-        self._check(root, fired, stopped, state)
+        check_fired(self.sites, fired, root, state, stopped)
         if shapes is not None and stopped is None and all(site.calls is None for site in self.sites):
             self._whole.add(shapes)
+
+    def _end_generation(self, running: Running, generation: Generation, result: Any, stopped: Stop | None) -> None:
+        """Hands on what a generation returned, and refuses one that was too short. Where the program stopped it, what
+        earlier steps made stays."""
+        state = running.states[0]
+        if stopped is not None:
+            assert stopped.where is not None
+            for site in (*self.sites, *self.results):
+                missing = tuple(each for each in site.later if not hasattr(state, each.slot))
+                not_reached(state, missing, stopped.where)
+            return
+        shares, plans = running.shares or (None,), running.plans or (self,) * len(running.states)
+        for share, plan in zip(shares, plans, strict=True):
+            assert plan.generation is not None
+            count = generation.count if share is None else share.length or generation.count
+            generation.finish(plan.generation.steps, count)
+        for share, of, plan in zip(shares, running.states, plans, strict=True):
+            for site in plan.results:
+                site.function(result if share is None else share.result(result), of)
 
     def _recorded(self, running: Running) -> AbstractContextManager[Any]:
         """Around the run of the model: whether gradients are recorded."""
@@ -353,127 +348,7 @@ class Forward:
             return False
         if any(self._records(*each) for each in given) or adapters(root):
             return True
-        return any(map(_requires_grad, self._attached(model).values()))
-
-    def _attached(self, model: Runnable) -> dict[str, nn.Module]:
-        """The modules that were attached to the model, of those that the body calls."""
-        return {path: resolve(model, path) for path in self.own & getattr(model, "_attached", set())}
-
-    @staticmethod
-    def _once(root: nn.Module, site: SitePlan, step: int) -> bool:
-        """Whether a site is one of an encoder, which runs before the first step alone: a write outside of loops over
-        steps has no other there."""
-        if not step or not {(0, 1), (1, None)} <= set(site.steps):
-            return False
-        if not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
-            return False
-        encoder: Any = root.get_encoder  # it is not typed
-        inside = root.get_submodule(site.path)
-        return any(module is inside for module in encoder().modules())
-
-    def _check(
-        self, root: nn.Module, fired: list[int], stopped: Stop | None, state: Any, step: int | None = None
-    ) -> None:
-        """Refuses a forward, or a step, in which a site was not reached, or more often than the plan says."""
-        for index, (site, count) in enumerate(zip(self.sites, fired, strict=True)):
-            if stopped is not None and stopped.site is not None and stopped.where is not None:
-                if index > stopped.site:
-                    not_reached(state, site.later, stopped.where)
-                    continue
-                if site.calls is not None:  # how often it would have run is not known
-                    continue
-            if step is not None and (not covers(site.steps, step) or (not count and self._once(root, site, step))):
-                continue
-            if site.calls is not None and count != site.calls:
-                raise RunError(
-                    f"{site.span}: {site} ran {count} times in this forward, but {site.calls} times in the one that"
-                    " this was compiled for, so that a call counted from the end is another one\n"
-                    "  way out: count from the start, as in `.calls[0]`"
-                )
-            if count != 1 and (site.call is None or count <= site.call):
-                self._missed(site, count, "this forward" if step is None else f"step {step} of this generation")
-
-    def generating(
-        self,
-        root: nn.Module,
-        kwargs: dict[str, Any],
-        states: Sequence[Any],
-        run: object,
-        fired: list[int],
-        several: Span | None,
-    ) -> Generation:
-        """A generation that is about to run; takes from its arguments what is not the model's."""
-        asked = self.generation
-        assert asked is not None
-        on_token, seed = kwargs.pop("on_token", None), kwargs.pop("seed", None)
-
-        def settle(step: int) -> None:
-            self._check(root, fired, None, states[0], step)
-            fired[:] = [0] * len(fired)
-
-        def plain(ids: torch.Tensor) -> None:
-            _ACTIVE.run = None  # what it calls is the plain model
-            try:
-                on_token(ids)
-            finally:
-                _ACTIVE.run = run
-
-        def advance(step: int) -> None:
-            for state in states:
-                setattr(state, asked.slot, step)
-
-        generation = Generation(self.span, advance, settle, None if on_token is None else plain, seed)
-        generation.check(asked.steps, root, kwargs, several)
-        return generation
-
-    def _batched(
-        self,
-        model: Runnable,
-        invokes: tuple[Given, ...],
-        options: Mapping[str, Any],
-        state: Any,
-        generation: Generation | None,
-    ) -> Given:
-        """The arguments of the forward for a batch, each invoke's share of which goes into the state."""
-        try:
-            batch = model._batch(invokes, options)
-        except ModelError as error:
-            raise RunError(f"{self.span}: {error}") from None
-        inputs = batch.kwargs
-        if generation is not None:  # its options are none of the model's forward
-            inputs = {name: value for name, value in inputs.items() if name in model._forward_parameters()}
-        if self.confirm is not None and not self._confirmed:
-            wrong = self.confirm(model, (batch.args, inputs), self.divided)
-            if wrong is not None:
-                raise RunError(f"{self.span}: {wrong}")
-            self._confirmed = True
-        sizes = Sizes(batch.rows, batch.tokens)
-        if self.axes is not None:
-            sizes.axes = self.axes(model, (batch.args, inputs))
-        for name, part in zip(self.invokes, batch.parts, strict=True):
-            if name:
-                setattr(state, name, Share(part, sizes))
-        if generation is None:
-            return batch.args, batch.kwargs
-        generation.sizes = sizes
-        encodes = getattr(getattr(ready(model), "config", None), "is_encoder_decoder", False)
-        if encodes and any(part.padding for part in batch.parts):
-            raise RunError(
-                f"{self.span}: prompts of an encoder that differ in length cannot be told apart at the steps of a"
-                " generation\n  way out: a `generate` for each prompt"
-            )
-        kwargs = {name: value for name, value in batch.kwargs.items() if name != "position_ids"}
-        return model._prepare_generation(batch.args, kwargs)  # the model makes positions at each step, from the mask
-
-    @staticmethod
-    def _module(root: nn.Module, site: SitePlan) -> nn.Module:
-        module: nn.Module = root
-        for name in site.path.split(".") if site.path else ():
-            found = module._modules.get(name)
-            if found is None:
-                raise RunError(f"{site.span}: the model no longer has a module `{site.path}`")
-            module = found
-        return module
+        return any(map(requires_grad, self._attached(model).values()))
 
     def may_record(self, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether gradients are asked for, or something that a run brings requires them."""
@@ -481,61 +356,8 @@ class Forward:
 
     def _records(self, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         brought = (getattr(state, name, None) for name in self.brings)
-        return any(map(_requires_grad, (*brought, *args, *kwargs.values())))
+        return any(map(requires_grad, (*brought, *args, *kwargs.values())))
 
-    @staticmethod
-    def _missed(site: SitePlan, count: int, where: str) -> None:
-        if count == 0:
-            raise RunError(
-                f"{site.span}: {site} did not run in {where}, so what the experiment does there did not happen\n"
-                "  way out: address a module that runs on these inputs"
-            )
-        raise RunError(
-            f"{site.span}: {site} ran {count} times in {where}, and what the experiment does there is meant for"
-            " one\n"
-            "  way out: say which call is meant, as in `.calls[0].output`"
-        )
-
-
-def shapes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of a forward's inputs may decide how often its modules run, besides what was guarded on."""
-    return tuple([getattr(value, "shape", None) for value in (*args, *kwargs.values())])
-
-
-def _copied(value: Any, made: dict[int, Any]) -> Any:
-    """A copy of an input: of the tensors in it, and of the containers around them. What is one stays one."""
-    if id(value) in made:
-        return made[id(value)]
-    if isinstance(value, torch.Tensor):
-        copy: Any = value.clone()
-    elif isinstance(value, tuple):
-        items = [_copied(item, made) for item in value]
-        copy = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    elif type(value) is list:
-        copy = [_copied(item, made) for item in value]
-    elif type(value) is dict:
-        copy = {name: _copied(item, made) for name, item in value.items()}
-    else:
-        return value
-    made[id(value)] = copy
-    return copy
-
-
-def _requires_grad(value: Any, depth: int = 4) -> bool:
-    """Whether a value is, or holds, a tensor that requires a gradient: in containers, modules and plain objects."""
-    if isinstance(value, torch.Tensor):
-        return value.requires_grad
-    if isinstance(value, nn.Module):
-        return any(parameter.requires_grad for parameter in value.parameters())
-    if not depth or isinstance(value, (type, ModuleType, FunctionType)) or hasattr(type(value), "_ready"):
-        return False
-    if isinstance(value, (list, tuple)):
-        return any(_requires_grad(item, depth - 1) for item in value)
-    held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-    return isinstance(held, dict) and any(_requires_grad(item, depth - 1) for item in held.values())
-
-
-def resolve(model: Any, path: str) -> nn.Module:
-    """A module of a wrapped model, with its weights: what the body calls, or takes a weight of."""
-    found: nn.Module = ready(model).get_submodule(path)
-    return found
+    def _attached(self, model: Runnable) -> dict[str, nn.Module]:
+        """The modules that were attached to the model, of those that the body calls."""
+        return {path: resolve(model, path) for path in self.own & getattr(model, "_attached", set())}

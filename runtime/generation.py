@@ -16,8 +16,9 @@ from torch import nn
 
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
-from nnsight_compiler.runtime.rows import Sizes
+from nnsight_compiler.runtime.active import ACTIVE
 from nnsight_compiler.runtime.runs import RECORDER
+from nnsight_compiler.runtime.shares import Sizes
 
 Steps = tuple[int, int | None]
 """From a step to one before another, or open-ended."""
@@ -68,16 +69,20 @@ def covers(ranges: Sequence[Steps], step: int) -> bool:
 class Generation:
     """What one run of a generation has come to.
 
-    span: the `generate` that it is of. step: the step that is running; `count`: how many have begun.
+    span: the `generate` that it is of, and `asked` what that asks for.
+    states: where the number of each step is put as it begins.
+    settle: called with the number of each step when it is over.
+    on_token: a caller's, which sees the plain model; `seed`: what is drawn from.
+    step: the step that is running; `count`: how many have begun.
     ended: for each row, the number of its steps once its sequence has ended.
-    advance, settle: called with the number of each step, as it begins and when it is over.
     counters: what begins anew with each step.
     endings: the tokens that end a sequence.
     sizes: what several invokes have of the forward that runs: each later step brings one more token.
     """
 
     span: Span
-    advance: Callable[[int], None]
+    asked: Asked
+    states: Sequence[Any]
     settle: Callable[[int], None]
     on_token: Callable[[torch.Tensor], Any] | None = None
     seed: int | None = None
@@ -103,11 +108,11 @@ class Generation:
                 self.sizes.step += 1
                 self.sizes.ended = self.ended
         self.count += 1
-        self.advance(self.step)
+        self._advance(self.step)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Has the model generate, and gives what it returns."""
-        self.advance(0)
+        self._advance(0)
         generate: Any = module.generate
         if hasattr(module, "generation_config"):
             kwargs = {**kwargs, "stopping_criteria": self._watched(module, kwargs)}
@@ -119,9 +124,11 @@ class Generation:
             self.sizes.ended = self.ended
         return result
 
-    def check(
-        self, wanted: Sequence[Wanted], module: nn.Module, kwargs: Mapping[str, Any], divided: Span | None = None
-    ) -> None:
+    def _advance(self, step: int) -> None:
+        for state in self.states:
+            setattr(state, self.asked.slot, step)
+
+    def check(self, module: nn.Module, kwargs: Mapping[str, Any], divided: Span | None) -> None:
         """Refuses steps that cannot come, and arguments that cannot go together, before the model runs.
 
         Args:
@@ -139,7 +146,7 @@ class Generation:
         if self.on_token is not None and beams > 1:
             raise RunError("`on_token=` is called with the tokens of a row, and a row of beams has none until its end")
         most = kwargs.get("max_new_tokens")
-        for each in wanted:
+        for each in self.asked.steps:
             if isinstance(most, int) and each.least > most:
                 raise RunError(
                     f"{each.span}: this is meant for {each}, but max_new_tokens={most} ends the generation before\n"
@@ -191,7 +198,8 @@ class Generation:
             over |= last == ending
         self._end(over)
         if self.on_token is not None:
-            self.on_token(last.clone())
+            with ACTIVE.running(None):
+                self.on_token(last.clone())
         return torch.zeros_like(over)
 
     def _end(self, over: torch.Tensor) -> None:

@@ -1,202 +1,30 @@
-"""Gradients while an experiment runs: what is recorded, where gradients arrive, and the backward pass.
+"""Gradients while an experiment runs: where they arrive, and the backward pass.
 
-A forward is recorded only from the first value that needs it, since the weights of the model take no part unless they
-are asked for: while it runs, torch's functions see them detached. Gradients are read and written where autograd has
-them complete, at the node that made the value, so that one pass serves all of them and weights are left alone.
+They are read and written where autograd has them complete, at the node that made the value, so that one pass serves
+all of them and weights are left alone.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
 import torch
-from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.assignments import described
+from nnsight_compiler.runtime.autograd_recording import counted_parameters, plainly
 
 AGAIN = "backward through the graph a second time"
 """What torch says where a graph was used before, and freed."""
 IN_PLACE = "modified by an inplace operation"
 """What torch says where a value that a gradient needs was written over."""
-
-
-# --- what is recorded ---
-
-
-class Frozen(TorchFunctionMode):
-    """While it is entered, torch's functions take these parameters as constants. The parameters stay as they are, and
-    other threads see them so."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__()
-        self.constants = {id(parameter): parameter.detach() for parameter in parameters}
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args = tuple([self._constant(value) for value in args])
-        if kwargs:
-            return function(*args, **{name: self._constant(value) for name, value in kwargs.items()})
-        return function(*args)
-
-    def _constant(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self.constants.get(id(value), value)
-        if type(value) in (list, tuple):
-            return type(value)([self._constant(item) for item in value])
-        return value
-
-
-def plainly(value: Any) -> AbstractContextManager[Any]:
-    """Around what we do ourselves to the tensors in a value: it goes past `Frozen`, which would look at every argument
-    of every function. Tensors that have functions of their own keep them."""
-    return torch._C.DisableTorchFunction() if _is_plain(value) else nullcontext()
-
-
-_PLAIN = frozenset({torch.Tensor, bool, int, float, type(None)})
-
-
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    if kind is tuple or kind is list:
-        return all(map(_is_plain, value))
-    return kind in _PLAIN or (kind is dict and all(map(_is_plain, value.values())))
-
-
-class _Current(threading.local):
-    """The model whose forward runs in this thread; and where strands look at rows of their own, what stands at the
-    whole site."""
-
-    root: nn.Module | None = None
-    whole: Any = None
-
-
-_CURRENT = _Current()
-
-
-@contextmanager
-def recorded(root: nn.Module, wanted: Span | None, named: tuple[str, ...], everything: bool) -> Iterator[None]:
-    """A forward whose values have gradients: `wanted` says where one is asked for, `named` which weights count.
-
-    Raises:
-        RunError: gradients are off, or would be wrong.
-    """
-    if wanted is not None and (torch.is_inference_mode_enabled() or not torch.is_grad_enabled()):
-        mode = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
-        raise RunError(
-            f"{wanted}: a gradient is asked for, but the experiment is run under `{mode}`\n"
-            f"  way out: call it outside of `{mode}`"
-        )
-    if any(getattr(part, "gradient_checkpointing", False) and part.training for part in root.modules()):
-        where = f"{wanted}: " if wanted is not None else ""
-        raise RunError(
-            f"{where}the model recomputes its values in the backward pass (gradient checkpointing), which would be"
-            " without what the experiment does to them\n  way out: `model.gradient_checkpointing_disable()`"
-        )
-    counting = _parameters(root, named)
-    frozen = [each for each in root.parameters() if each.requires_grad and id(each) not in counting]
-    before, _CURRENT.root = _CURRENT.root, root
-    try:
-        if everything or not frozen:
-            yield
-        else:
-            with Frozen(frozen):
-                yield
-    finally:
-        _CURRENT.root = before
-
-
-def _parameters(root: nn.Module, names: tuple[str, ...]) -> set[int]:
-    """The identities of the parameters that count: those of these names, where the model has them, and adapters."""
-    found = dict(root.named_parameters(remove_duplicate=False)) if names else {}
-    return {id(found[name]) for name in names if name in found} | set(map(id, adapters(root)))
-
-
-def adapters(root: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient in a model most of whose weights are frozen: what was put in to be
-    trained, as low-rank adapters are. A model that is trained as a whole has none."""
-    trained: list[nn.Parameter] = []
-    frozen: list[nn.Parameter] = []
-    waiting = [root]  # `root.parameters()` takes ten times as long, and this precedes every forward
-    for module in waiting:
-        waiting.extend([each for each in module._modules.values() if each is not None])
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (trained if parameter.requires_grad else frozen).append(parameter)
-    return trained if frozen and _size(frozen) > _size(trained) else []
-
-
-def _size(parameters: list[nn.Parameter]) -> int:
-    return sum(each.numel() for each in parameters)
-
-
-class _Begin(torch.autograd.Function):
-    """Has a tensor be a result of autograd's, in place, so that it may also be written to in place."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def require(value: Any, leaf: int | None, where: str) -> None:
-    """Has what is computed from a value be recorded from here on."""
-    with plainly(value):
-        _require(value, leaf, where)
-
-
-def _require(value: Any, leaf: int | None, where: str) -> None:
-    leaves = [value] if type(value) is torch.Tensor else tree_leaves(value)
-    for tensor in leaves if leaf is None else leaves[leaf : leaf + 1]:
-        if not isinstance(tensor, torch.Tensor) or tensor.requires_grad:
-            continue
-        if not (tensor.is_floating_point() or tensor.is_complex()) or _is_part_of_model(tensor):
-            continue
-        if not torch.is_grad_enabled():
-            raise RunError(
-                f"{where}: this value has no gradient, since the model runs this part of itself without gradients\n"
-                "  way out: take the gradient of a value outside of that part"
-            )
-        try:
-            _Begin.apply(tensor, torch.zeros((), requires_grad=True, device=tensor.device))  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise RunError(
-                f"{where}: torch cannot record from this value on, which is one of several views of another tensor"
-                f" ({error})\n  way out: take the gradient of the value of which it is a part"
-            ) from error
-
-
-def _is_part_of_model(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a weight or a buffer of the model that runs, which stay as they are."""
-    if _CURRENT.root is None:
-        return False
-    storage = tensor.untyped_storage().data_ptr()
-    own = (*_CURRENT.root.parameters(), *_CURRENT.root.buffers())
-    return any(each.untyped_storage().data_ptr() == storage for each in own if not each.is_meta)
-
-
-@contextmanager
-def of_rows(whole: Any) -> Iterator[None]:
-    """While strands look at their rows of a site: gradients arrive at the whole."""
-    before, _CURRENT.whole = _CURRENT.whole, whole
-    try:
-        yield
-    finally:
-        _CURRENT.whole = before
 
 
 # --- where gradients arrive ---
@@ -232,6 +60,25 @@ class Tracked:
         return laid, laid.as_strided(*self.part)
 
 
+class _Site(threading.local):
+    """What stands at the whole site in this thread, while strands look at rows of their own."""
+
+    whole: Any = None
+
+
+_SITE = _Site()
+
+
+@contextmanager
+def of_rows(whole: Any) -> Iterator[None]:
+    """While strands look at their rows of a site: gradients arrive at the whole."""
+    before, _SITE.whole = _SITE.whole, whole
+    try:
+        yield
+    finally:
+        _SITE.whole = before
+
+
 def track(value: Any, source: Any, where: str) -> Tracked:
     """Where the gradient with respect to a value, as it is now, arrives. `source` is what was read at the site of which
     the value is a part.
@@ -262,7 +109,7 @@ def _track(value: Any, source: Any, where: str) -> Tracked:
 
 def _whole(value: torch.Tensor, source: Any) -> torch.Tensor:
     """The tensor at a site that a value is, or is a view of; the value itself where it shares nothing with the site."""
-    held = source if _CURRENT.whole is None else _CURRENT.whole
+    held = source if _SITE.whole is None else _SITE.whole
     tensors = [each for each in tree_leaves(held) if isinstance(each, torch.Tensor)]
     if any(each is value for each in tensors):
         return value
@@ -317,20 +164,10 @@ class Backward:
         Raises:
             RunError: the loss has no gradient, or does not depend on a value whose gradient is asked for.
         """
-        self.check(loss)
-        arrived = [False] * len(self.pieces)
-        handles = [self.hook(number, each, arrived, state) for number, each in enumerate(tracked)]
-        handles += _spare(loss, models, self.named)
-        try:
-            loss.backward(*args, **kwargs)
-        except RuntimeError as error:
-            raise self.explained(error) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.check_arrived(arrived)
+        self._check(loss)
+        backward([(self, tracked, state)], loss, models, args, kwargs)
 
-    def check(self, loss: Any) -> None:
+    def _check(self, loss: Any) -> None:
         if not isinstance(loss, torch.Tensor):
             raise RunError(f"{self.span}: a backward pass starts at a tensor, not at {described(loss)}")
         if not loss.requires_grad:
@@ -342,9 +179,9 @@ class Backward:
                 " weights of the model, `trace(…, grad=True)`"
             )
 
-    def check_arrived(self, arrived: list[bool]) -> None:
-        for piece, reached in zip(self.pieces, arrived, strict=True):
-            if not reached:
+    def _check_arrived(self, arrived: list[bool]) -> None:
+        for piece, came in zip(self.pieces, arrived, strict=True):
+            if not came:
                 self._missed(piece)
 
     def _missed(self, piece: Piece) -> NoReturn:
@@ -353,7 +190,7 @@ class Backward:
             "  way out: compute the loss from what depends on the value, outside of `torch.no_grad()`"
         )
 
-    def hook(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Any:
+    def _hook(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Any:
         piece, position = self.pieces[number], tracked.edge.output_nr
         function = piece.function
         assert function is not None
@@ -385,7 +222,7 @@ class Backward:
 
         return tracked.edge.node.register_prehook(hook)
 
-    def explained(self, error: RuntimeError) -> Exception:
+    def _explained(self, error: RuntimeError) -> Exception:
         if AGAIN in str(error):
             return RunError(
                 f"{self.span}: an earlier backward pass of this forward freed what was recorded; the invokes of one"
@@ -402,11 +239,41 @@ class Backward:
         )
 
 
-def _spare(loss: torch.Tensor, models: tuple[Any, ...], named: tuple[str, ...]) -> list[Any]:
+Pass = tuple[Backward, tuple[Tracked, ...], Any]
+"""A backward pass as a program asks for it: its plan, the values whose gradients are asked for, the state."""
+
+
+def backward(
+    passes: Sequence[Pass], loss: torch.Tensor, models: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Runs `loss.backward(…)` for these passes, which are of one program: each has its gradients as they arrive. Of the
+    models' weights, those accumulate theirs that count.
+
+    Raises:
+        RunError: the loss does not depend on a value whose gradient is asked for.
+    """
+    plans = [plan for plan, _, _ in passes]
+    arrived = [[False] * len(plan.pieces) for plan in plans]
+    handles: list[Any] = []
+    for (plan, tracked, state), own in zip(passes, arrived, strict=True):
+        handles += [plan._hook(number, each, own, state) for number, each in enumerate(tracked)]
+    handles += _spare(loss, models, plans[0].named)
+    try:
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise plans[0]._explained(error) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    for plan, own in zip(plans, arrived, strict=True):
+        plan._check_arrived(own)
+
+
+def _spare(loss: torch.Tensor, models: Iterable[Any], named: tuple[str, ...]) -> list[Any]:
     """Has the weights of these models accumulate nothing where a loss reaches them, but for those that are named."""
     weights: set[int] = set()
     for model in models:
-        counting = _parameters(model._module, named)
+        counting = counted_parameters(model._module, named)
         weights.update(
             id(each) for each in model._module.parameters() if each.requires_grad and id(each) not in counting
         )
@@ -421,10 +288,10 @@ def _spare(loss: torch.Tensor, models: tuple[Any, ...], named: tuple[str, ...]) 
 
 def _leaves(loss: torch.Tensor) -> Iterator[Any]:
     """The nodes at which a backward pass from a loss would accumulate gradients."""
-    return (node for node in _reached(loss) if hasattr(node, "variable"))
+    return (node for node in nodes_reached(loss) if hasattr(node, "variable"))
 
 
-def _reached(loss: torch.Tensor) -> Iterator[Any]:
+def nodes_reached(loss: torch.Tensor) -> Iterator[Any]:
     """The nodes through which a backward pass from a loss would go."""
     waiting: list[Any] = [get_gradient_edge(loss).node] if loss.requires_grad else []
     seen = set(waiting)
@@ -450,120 +317,3 @@ def gradients(
         gradient if gradient is None or each.part is None else each.part_of(gradient)
         for each, gradient in zip(tracked, found, strict=True)
     )
-
-
-# --- of several strands ---
-
-
-@final
-@dataclass(slots=True, eq=False)
-class BackwardRequest:
-    """A backward pass that a strand waits for. `failure`: what it raised."""
-
-    plan: Backward
-    loss: Any
-    tracked: tuple[Tracked, ...]
-    models: tuple[Any, ...]
-    state: Any
-    failure: Exception | None = None
-
-
-@final
-@dataclass(slots=True, eq=False)
-class GradientsRequest:
-    """Gradients that a strand waits for: `found`, once they are there. `failure`: what it raised."""
-
-    outputs: Any
-    tracked: tuple[Tracked, ...]
-    where: str
-    found: tuple[Any, ...] = ()
-    failure: Exception | None = None
-
-    @property
-    def loss(self) -> Any:
-        """The tensor that is differentiated, where it is one."""
-        leaves = tree_leaves(self.outputs)
-        return leaves[0] if len(leaves) == 1 else None
-
-
-def summed(losses: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the losses of several strands."""
-    return losses[0] if len(losses) == 1 else torch.stack([each.reshape(()) for each in losses]).sum()
-
-
-def run_backwards(passes: Sequence[BackwardRequest]) -> None:
-    """Runs backward passes, as one where they can be; else up to the first that fails."""
-    if len(passes) > 1 and _are_apart(passes):
-        _run_together(passes)
-        return
-    for number, each in enumerate(passes, 1):
-        keeps = {"retain_graph": True} if number < len(passes) else {}  # they may be of rows of one forward
-        try:
-            each.plan.run(each.loss, (), keeps, each.tracked, each.models, each.state)
-        except Exception as error:
-            each.failure = error
-            return
-
-
-def _run_together(passes: Sequence[BackwardRequest]) -> None:
-    """Runs several passes as one. Their losses depend on rows of their own, so that the gradient of the sum has that of
-    each in its rows."""
-    first = passes[0].plan
-    handles: list[Any] = []
-    arrived = [[False] * len(each.plan.pieces) for each in passes]
-    for each, of in zip(passes, arrived, strict=True):
-        handles += [each.plan.hook(number, value, of, each.state) for number, value in enumerate(each.tracked)]
-    total = summed([each.loss for each in passes])
-    handles += _spare(
-        total, tuple({id(model): model for each in passes for model in each.models}.values()), first.named
-    )
-    try:
-        total.backward()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise first.explained(error) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    for each, of in zip(passes, arrived, strict=True):
-        each.plan.check_arrived(of)
-
-
-def _are_apart(requests: Sequence[BackwardRequest | GradientsRequest]) -> bool:
-    """Whether the sum of the losses has the gradients that each of these asks for: each loss is a number that depends
-    on the values whose gradients are asked for with it, and on none of which another is asked for. So it is with rows
-    of a forward, of which each loss has its own; a tensor that the program had before may be in all of them."""
-    own = [{each.edge.node for each in one.tracked if each.part is None} for one in requests]
-    asked = Counter(node for nodes in own for node in nodes)
-    for one, nodes in zip(requests, own, strict=True):
-        if not isinstance(one.loss, torch.Tensor) or one.loss.numel() != 1 or not one.loss.requires_grad:
-            return False
-        reached = set(_reached(one.loss))
-        if any(each.edge.node not in reached for each in one.tracked):
-            return False
-        if any(times > (node in nodes) and node in reached for node, times in asked.items()):
-            return False
-    return True
-
-
-def run_gradients(requests: Sequence[GradientsRequest]) -> None:
-    """Takes gradients, at once where that gives the same; else up to the first that fails."""
-    if len(requests) < 2 or not _are_apart(requests):
-        for number, each in enumerate(requests, 1):
-            # The rows of one forward are recorded as one, which the last of them frees.
-            keeps = {"retain_graph": True} if number < len(requests) else {}
-            try:
-                each.found = gradients(each.outputs, each.tracked, (), keeps, each.where)
-            except Exception as error:
-                each.failure = error
-                return
-        return
-    tracked = tuple(value for each in requests for value in each.tracked)
-    whole = tuple({(value.edge.node, value.edge.output_nr): value for value in tracked}.values())
-    edges = [each.edge for each in whole]
-    try:
-        found = torch.autograd.grad(summed([each.loss for each in requests]), edges)
-    except RuntimeError as error:
-        raise RunError(f"{requests[0].where}: {error}") from error
-    by_edge = {(each.node, each.output_nr): gradient for each, gradient in zip(edges, found, strict=True)}
-    for each in requests:
-        each.found = tuple(value.part_of(by_edge[value.edge.node, value.edge.output_nr]) for value in each.tracked)

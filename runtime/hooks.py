@@ -14,6 +14,7 @@ from typing import Literal as OneOf
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.runtime.active import ACTIVE
 from nnsight_compiler.runtime.generation import Generation, Steps
@@ -86,6 +87,17 @@ def _is_known(hook: Any) -> bool:
     model that once was asked for hidden states or attentions: they put these into what it returns, where asked for."""
     owner: str = getattr(hook, "__module__", None) or type(hook).__module__
     return owner.partition(".")[0] == __name__.partition(".")[0] or owner == "transformers.utils.output_capturing"
+
+
+def module_of(root: nn.Module, site: SitePlan) -> nn.Module:
+    """The module at whose port a site is."""
+    module: nn.Module = root
+    for name in site.path.split(".") if site.path else ():
+        found = module._modules.get(name)
+        if found is None:
+            raise RunError(f"{site.span}: the model no longer has a module `{site.path}`")
+        module = found
+    return module
 
 
 class Started:

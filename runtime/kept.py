@@ -18,7 +18,7 @@ from nnsight_compiler.ir.types import Dimension, TensorType
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes.memory import Fresh, Memory, Root, Site
 from nnsight_compiler.runtime.axes import Axes, AxisError
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 
 
 @final

@@ -21,8 +21,9 @@ from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.passes.sites import ATTENTION_VALUES
 from nnsight_compiler.runtime.active import ACTIVE
 from nnsight_compiler.runtime.attention import AttentionError, Form, Spot, attending, form_of
-from nnsight_compiler.runtime.replacing import Replaced
-from nnsight_compiler.runtime.rewriting import NoSourceError, forward_of, listing, rewritten
+from nnsight_compiler.runtime.replacing import Replaced, forward_of
+from nnsight_compiler.runtime.rewriting import rewritten
+from nnsight_compiler.runtime.source_operations import NoSourceError, listing
 
 Hook = Callable[..., Any]
 

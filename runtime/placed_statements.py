@@ -41,16 +41,20 @@ from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.blocks import Exits
 from nnsight_compiler.runtime.budget import Measured
 from nnsight_compiler.runtime.expressions import Scope
-from nnsight_compiler.runtime.forwards import Confirm, Forward, Given, SiteName, resolve
+from nnsight_compiler.runtime.forwards import Forward
+from nnsight_compiler.runtime.inputs import Given
+from nnsight_compiler.runtime.invokes import Confirm
 from nnsight_compiler.runtime.names import Names
-from nnsight_compiler.runtime.observe import Observation
+from nnsight_compiler.runtime.observation import Observation
 from nnsight_compiler.runtime.placed import (
     crossing,
     placed,
 )
 from nnsight_compiler.runtime.prompts import repeats_prompts
 from nnsight_compiler.runtime.requests import served
-from nnsight_compiler.runtime.rows import SiteAxes, SitesAxes
+from nnsight_compiler.runtime.runs import SiteName
+from nnsight_compiler.runtime.scanning import resolve
+from nnsight_compiler.runtime.shares import SiteAxes, SitesAxes
 from nnsight_compiler.runtime.statements import Statements
 from nnsight_compiler.runtime.together import Together
 from nnsight_compiler.runtime.trees import function, load, locate, plain_arguments

@@ -35,13 +35,15 @@ from nnsight_compiler.passes.share_prefixes import replayed_paths, written_piece
 from nnsight_compiler.runtime import gradients
 from nnsight_compiler.runtime.batching import Batcher
 from nnsight_compiler.runtime.budget import Needs
+from nnsight_compiler.runtime.divided_sites import Divided
 from nnsight_compiler.runtime.forwards import Forward
 from nnsight_compiler.runtime.functions import link
 from nnsight_compiler.runtime.generation import Asked
 from nnsight_compiler.runtime.hooks import SitePlan
+from nnsight_compiler.runtime.invokes import Invokes
 from nnsight_compiler.runtime.kept import footprints
 from nnsight_compiler.runtime.model_statements import ModelStatements
-from nnsight_compiler.runtime.observe import Observation
+from nnsight_compiler.runtime.observation import Observation
 from nnsight_compiler.runtime.placed import (
     counted_from_the_end,
     invoked,
@@ -52,7 +54,6 @@ from nnsight_compiler.runtime.placed import (
     wants_gradients,
 )
 from nnsight_compiler.runtime.placed_statements import Axes, Stages
-from nnsight_compiler.runtime.rows import Divided
 from nnsight_compiler.runtime.scanning import scanning
 from nnsight_compiler.runtime.skipping import Left
 from nnsight_compiler.runtime.stopping import Later
@@ -120,7 +121,6 @@ class _Generator(ModelStatements):
             copies = wanted is not None or any(map(origins.writes_tensors, walk(op.body)))
             called = (each.function for each in walk(op.body) if isinstance(each, Call))
             own = frozenset(callee.path for callee in called if isinstance(callee, Module))
-            divided = tuple(self.shared.get(id(op), ()))
             generates = op.method == "generate"
             found = plans[id(op)]
             self.forwards[id(op)] = Forward(
@@ -133,9 +133,6 @@ class _Generator(ModelStatements):
                 wanted=wanted,
                 named=named,
                 invokes=self._invokes(op),
-                axes=self.axes.found if id(op) in self.later else None,
-                divided=divided,
-                confirm=self.axes.confirm if divided else None,
                 results=tuple(site for site in found if site.port == "result"),
                 replays=self._replays(op),
                 prompts="" if self.prompts is None else self.names[self.prompts],
@@ -214,10 +211,15 @@ class _Generator(ModelStatements):
             )
         )
 
-    def _invokes(self, op: ForwardOp) -> tuple[str, ...]:
-        """Where in the state each invoke's share of a forward goes; nowhere if no site asks for it."""
-        results = (invoke.result for invoke in invoked(op))
-        return tuple(self.names[value] if value.name in self.crossing else "" for value in results)
+    def _invokes(self, op: ForwardOp) -> Invokes | None:
+        """The invokes that bring the input of a forward."""
+        results = [invoke.result for invoke in invoked(op)]
+        if not results:
+            return None
+        shares = tuple(self.names[value] if value.name in self.crossing else "" for value in results)
+        divided = tuple(self.shared.get(id(op), ()))
+        axes = self.axes.found if id(op) in self.later else None
+        return Invokes(op.span, shares, divided, self.axes.confirm, axes)
 
     def _pieces(self, origins: Origins) -> Iterator[tuple[AtGradient, gradients.Piece]]:
         """The parts of all backward passes, each with its place in the plan of its pass."""

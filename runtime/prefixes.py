@@ -20,9 +20,9 @@ from nnsight_compiler.runtime.formulas import Opaque, TensorAxes
 from nnsight_compiler.runtime.hooks import Stop
 from nnsight_compiler.runtime.prompts import remembering
 from nnsight_compiler.runtime.replacing import Replaced, Replacement
-from nnsight_compiler.runtime.rows import SiteAxes
 from nnsight_compiler.runtime.runs import RECORDER
 from nnsight_compiler.runtime.scanning import as_it_runs, prepared, ready
+from nnsight_compiler.runtime.shares import SiteAxes
 
 WITHOUT_CACHE = "use_cache"
 """The argument by which a model keeps no keys and values: those of modules that do not run would be missing."""

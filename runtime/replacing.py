@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, Protocol, final
 
+from torch import nn
+
 Replacement = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """`(plain, args, kwargs) -> output`: what is done in the place of `plain(*args, **kwargs)`."""
 
@@ -85,3 +87,9 @@ class Replaced:
                     del own["forward"]
                 else:
                     own["forward"] = held.own
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a module computes with: without what runs have put in its place, or accelerate around it."""
+    found: Any = vars(module).get("_old_forward") or module.forward
+    return found.plain if isinstance(found, _StandIn) else found

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from nnsight_compiler.runtime.calls import CallRequest
-from nnsight_compiler.runtime.forwards import Forward, Given, Runnable, Running
-from nnsight_compiler.runtime.gradients import BackwardRequest, GradientsRequest
+from nnsight_compiler.runtime.forwards import Forward, Running
+from nnsight_compiler.runtime.gradient_requests import BackwardRequest, GradientsRequest
 from nnsight_compiler.runtime.input_axes import InputAxes, are_flat, input_axes, places
+from nnsight_compiler.runtime.inputs import Given, Runnable
 from nnsight_compiler.runtime.prefixes import Prefix
 from nnsight_compiler.runtime.scanning import ready
 

@@ -22,6 +22,7 @@ from nnsight_compiler.passes.sites import PlacePort
 from nnsight_compiler.runtime.meter import Meter
 
 SiteName = tuple[str, PlacePort, int]
+"""The path of a module, a port, a call."""
 
 
 class Planned(Protocol):

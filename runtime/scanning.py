@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
+from nnsight_compiler.runtime.inputs import Given
 from nnsight_compiler.runtime.shadow import Fakes, shadowed, tensors_in
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -96,12 +97,15 @@ def ready(model: Any) -> nn.Module:
     return found
 
 
-Prepared = tuple[tuple[Any, ...], dict[str, Any]]
+def resolve(model: Any, path: str) -> nn.Module:
+    """A module of a wrapped model, with its weights: what the body calls, or takes a weight of."""
+    found: nn.Module = ready(model).get_submodule(path)
+    return found
 
 
-def prepared(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
+def prepared(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
     """The arguments of the torch module; of a scan without data."""
-    made: Prepared = model._prepare(args, kwargs)
+    made: Given = model._prepare(args, kwargs)
     scan = _SCAN.get()
     if scan is None:
         return made

@@ -10,7 +10,7 @@ import torch
 
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.passes.assignments import described
-from nnsight_compiler.runtime.observe import Event, Kind, Observation
+from nnsight_compiler.runtime.observation import Event, Kind, Observation
 from nnsight_compiler.runtime.runs import RECORDER
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models.view import ModuleView, UnknownModuleError, describe, named
 from nnsight_compiler.passes.streams import Stream
-from nnsight_compiler.runtime.observe import Event, Observation
+from nnsight_compiler.runtime.observation import Event, Observation
 
 
 def stream_of(block: ModuleView, name: str, seen: Observation) -> Stream:

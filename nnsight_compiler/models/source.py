@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, final
 
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.models.view import OutsideTraceError, describe_at, module_at
-from nnsight_compiler.runtime.rewriting import Listing, NoSourceError, forward_of, listing
+from nnsight_compiler.runtime.replacing import forward_of
+from nnsight_compiler.runtime.source_operations import Listing, NoSourceError, listing
 
 if TYPE_CHECKING:
     from nnsight_compiler.models.nnsight import NNsight

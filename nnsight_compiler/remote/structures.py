@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from nnsight_compiler.ir.errors import FileError
 from nnsight_compiler.remote import model_structures
 from nnsight_compiler.runtime.caches import ActivationCache, CachedModule, cache_as_data, cache_from_data
-from nnsight_compiler.runtime.rows import Withheld
+from nnsight_compiler.runtime.shares import Withheld
 
 Parts = list[tuple[str, Any]]
 

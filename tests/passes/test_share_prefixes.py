@@ -12,7 +12,7 @@ from nnsight_compiler.ir.printer import print_program
 from nnsight_compiler.ir.verifier import verify
 from nnsight_compiler.passes.remarks import Remarks
 from nnsight_compiler.passes.share_prefixes import share_prefixes
-from nnsight_compiler.runtime.observe import Event, Observation
+from nnsight_compiler.runtime.observation import Event, Observation
 
 EVENTS = (
     ("", "input"), ("embed", "input"), ("embed", "output"),

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from nnsight_compiler import FileError, LanguageModel, NNsight, intervene
 from nnsight_compiler.remote.structures import put_together, take_apart
 from nnsight_compiler.runtime.caches import ActivationCache, NotRecordedError, record
-from nnsight_compiler.runtime.rows import Withheld
+from nnsight_compiler.runtime.shares import Withheld
 from tests.support.architectures import IDS, random_model
 
 torch.set_num_threads(1)

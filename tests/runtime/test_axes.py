@@ -15,7 +15,7 @@ from nnsight_compiler.models import LanguageModel, NNsight
 from nnsight_compiler.observations import axes_of
 from nnsight_compiler.runtime.axes import Axes, AxisError, InputAxes, Opaque, infer_axes
 from nnsight_compiler.runtime.extent import Extent, solve
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ from nnsight_compiler.runtime.axes import AxisError
 from nnsight_compiler.runtime.costs import Cost, bound
 from nnsight_compiler.runtime.free_memory import _of_groups, _of_system, free_memory
 from nnsight_compiler.runtime.meter import Meter
-from nnsight_compiler.runtime.observe import Event
+from nnsight_compiler.runtime.observation import Event
 from tests.support.architectures import FAMILIES, IDS, random_model
 from tests.support.chosen import some
 

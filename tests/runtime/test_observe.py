@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nnsight_compiler.ir.types import Dimension, TensorType
-from nnsight_compiler.runtime.observe import Event, observe
+from nnsight_compiler.runtime.observation import Event
+from nnsight_compiler.runtime.observe import observe
 
 torch.set_num_threads(1)
 
