@@ -28,7 +28,6 @@ from nnsight_compiler.passes.fill_caches import fill_caches
 from nnsight_compiler.passes.fuse_calls import fuse_calls
 from nnsight_compiler.passes.hoist_forwards import hoist_forwards
 from nnsight_compiler.passes.infer import infer
-from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.merge_forwards import merge_forwards
 from nnsight_compiler.passes.merge_straight_forwards import merge_straight_forwards
@@ -48,6 +47,7 @@ from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.passes.stop_early import stop_early
 from nnsight_compiler.passes.streams import Stream
+from nnsight_compiler.passes.subject import Subject
 from nnsight_compiler.passes.unite_forwards import unite_forwards
 from nnsight_compiler.positions_apart import conditions_of
 from nnsight_compiler.runtime.functions import generate_function

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from typing import Literal as OneOf
 
 import torch
@@ -39,9 +39,7 @@ from nnsight_compiler.passes.facts import (
 from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
 from nnsight_compiler.passes.known_calls import METHODS, known_function, known_method, known_target, names_class
 from nnsight_compiler.passes.observed_calls import is_observed, observe
-
-if TYPE_CHECKING:
-    pass
+from nnsight_compiler.passes.subject import Inputs
 
 PLAIN_RESULTS = {
     "item", "tolist", "size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "get_device",
@@ -457,7 +455,7 @@ class Calls(Inlining):
         except LookupError:
             return []
 
-    def known_arguments(self, arguments: tuple[ops.Argument, ...]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def known_arguments(self, arguments: tuple[ops.Argument, ...]) -> Inputs | None:
         """The inputs of a forward as they are in this call, to observe the model on; `None` where a run gives them."""
         plain: list[Any] = []
         named: dict[str, Any] = {}

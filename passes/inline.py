@@ -14,6 +14,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import walk
 from nnsight_compiler.ir.values import NONE, Value
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall, behaviour_of
+from nnsight_compiler.passes.completion import Unreachable
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
@@ -37,10 +38,6 @@ MAX_DEPTH = 64
 MODULE_CALL = "torch.nn.Module.__call__"
 FUSED_CALL = f"{MODULE_CALL} together"
 Arguments = list[tuple[ops.Argument, Abstract]]
-
-
-class Unreachable(Exception):  # noqa: N818  # control flow, not an error
-    """An inlined helper raises on every path: control does not come back from the call."""
 
 
 def _as_given(function: Abstract, arguments: Arguments) -> list[ops.Argument]:

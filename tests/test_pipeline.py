@@ -61,8 +61,9 @@ from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.share_prefixes import share_prefixes
 from nnsight_compiler.passes.sites import Order, check_sites
 from nnsight_compiler.passes.skips import check_skips
-from nnsight_compiler.passes.specialise import Subject, specialise
+from nnsight_compiler.passes.specialise import specialise
 from nnsight_compiler.passes.stop_early import stop_early
+from nnsight_compiler.passes.subject import Subject
 from nnsight_compiler.passes.unite_forwards import unite_forwards
 from nnsight_compiler.positions_apart import positionwise_of
 from nnsight_compiler.shapes import extent_of
