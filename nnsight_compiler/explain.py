@@ -21,8 +21,7 @@ from nnsight_compiler.ir.traverse import defined, regions, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.facts import Guard
-from nnsight_compiler.passes.inline import MODULE_CALL
-from nnsight_compiler.passes.known_calls import known_target
+from nnsight_compiler.passes.known_calls import MODULE_CALL, known_target
 from nnsight_compiler.passes.moments import first_step, last_step
 from nnsight_compiler.passes.sites import forwards
 from nnsight_compiler.passes.specialise import Specialised
