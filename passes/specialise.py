@@ -45,6 +45,8 @@ from nnsight_compiler.passes.facts import (
     Tracer,
 )
 from nnsight_compiler.passes.invokes import interpret_invoke
+from nnsight_compiler.passes.names import read_name
+from nnsight_compiler.passes.operators import interpret_operator
 from nnsight_compiler.passes.remarks import Remark
 from nnsight_compiler.passes.rows import Part
 from nnsight_compiler.passes.sites import Order
@@ -156,7 +158,7 @@ class Specialiser(Staging):
         """Interprets one op; a completion where control leaves the region."""
         match op:
             case ops.Global():
-                self.scope[op.result] = self.evaluate.read_name(op)
+                self.scope[op.result] = read_name(self, op)
             case ops.Attribute():
                 self.scope[op.result] = self.evaluate.attribute(op, self.abstract(op.object), op.name)
             case ops.Read():
@@ -164,7 +166,7 @@ class Specialiser(Staging):
             case ops.Item():
                 self.scope[op.result] = self.evaluate.item(op)
             case ops.Operator():
-                self.scope[op.result] = self.evaluate.apply(op)
+                self.scope[op.result] = interpret_operator(self, op)
             case ops.Call():
                 self.scope[op.result] = self.evaluate.calls.call(op)
             case ops.Build():
