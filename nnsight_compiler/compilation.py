@@ -19,6 +19,7 @@ from nnsight_compiler.models.residual import stream_of
 from nnsight_compiler.observations import measured, observed
 from nnsight_compiler.options import DEFAULT, Options
 from nnsight_compiler.passes.check_padding import check_padding
+from nnsight_compiler.passes.check_sites import check_sites
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
@@ -42,7 +43,7 @@ from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.rows import check_rows
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.share_prefixes import share_prefixes
-from nnsight_compiler.passes.sites import check_sites, forwards
+from nnsight_compiler.passes.sites import forwards
 from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.passes.stop_early import stop_early

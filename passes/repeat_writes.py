@@ -36,10 +36,10 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, rewrite, used, walk
 from nnsight_compiler.ir.types import ANY
 from nnsight_compiler.ir.values import NONE, UNBOUND, Literal, Operand, Value, values_in
+from nnsight_compiler.passes.in_place_writes import changed_operands, in_place, targets
 from nnsight_compiler.passes.infer import at_later_steps
 from nnsight_compiler.passes.memory import Fresh, Memory, Site
 from nnsight_compiler.passes.positions import Positions
-from nnsight_compiler.passes.sites import in_place, targets
 
 WAY_OUT = "say at which steps it happens: `with tracer.iter[0]:` for the prompt, `for step in tracer.iter[:]:` for all"
 
@@ -202,7 +202,7 @@ class _Repetition:
         """Whether an op writes to a position of the prompt, which later steps do not have."""
         if isinstance(op, ops.SetItem):
             return self.positions.of(op) == "prompt" or self._is_at_prompt(op.object)
-        changed = self._changed_in(op) if in_place(op, self.memory) else []
+        changed = changed_operands(op, self.memory) if in_place(op, self.memory) else []
         return bool(changed) and all(map(self._is_at_prompt, changed))
 
     def _is_at_prompt(self, operand: Operand) -> bool:
@@ -218,21 +218,9 @@ class _Repetition:
     def _changed(self, op: Op) -> Iterator[Value]:
         """The values that an op changes in place, and that a site holds."""
         changed = {root for root in targets(op, self.memory) if isinstance(root, Site)}
-        for operand in self._changed_in(op):
+        for operand in changed_operands(op, self.memory):
             if changed & self.memory.roots(operand):
                 yield from values_in(operand)
-
-    def _changed_in(self, op: Op) -> Sequence[Operand]:
-        """The operands that an op changes in place."""
-        match op:
-            case ops.SetItem(object=base) | ops.SetAttribute(object=base) | ops.Delete(object=base):
-                return [base]
-            case ops.Operator(operands=(first, *_)):
-                return [first]
-            case ops.Call() if (known := self.memory.origins.known(op)) is not None:
-                return [argument.value for argument in self.memory.origins.at(op, known.mutates)]
-            case _:
-                return []
 
     # --- what they need ---
 

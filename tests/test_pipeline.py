@@ -40,6 +40,7 @@ from nnsight_compiler.ir.serial import from_json, to_json
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.ir.verifier import verify
 from nnsight_compiler.observations import observed
+from nnsight_compiler.passes.check_sites import check_sites
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
@@ -59,7 +60,7 @@ from nnsight_compiler.passes.remarks import Remarks
 from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.share_prefixes import share_prefixes
-from nnsight_compiler.passes.sites import Order, check_sites
+from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import specialise
 from nnsight_compiler.passes.stop_early import stop_early
