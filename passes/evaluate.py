@@ -166,9 +166,7 @@ class Evaluator(Items):
             return read_stream(self, op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
-        if name == "next" and not hasattr(handle._module, "next"):
-            return Abstract(None, Method(base, name), span=op.span)
-        if name == "skip":
+        if name == "skip" or (name == "next" and not hasattr(handle._module, "next")):
             return Abstract(None, Method(base, name), span=op.span)
         value = self._attention(base, name, op.span)
         if value is not None:
@@ -188,7 +186,6 @@ class Evaluator(Items):
             return self._module_value(found, module, op.span)
         if isinstance(found, list) and all(map(is_handle, found)):
             return self.specialiser.pack([self._module_value(part, module, op.span) for part in found])
-        path = f"{module.text}._root._module.get_submodule({handle._path!r})"
         if not handle._path and not hasattr(handle._module, name) and not inspect.ismethod(found):
             kept = self._keep_attribute(op, Abstract(module.model, span=op.span), name)  # the wrapper's, as `tokenizer`
             kept.fact = Known(found, f"{module.text}.{name}")
@@ -196,8 +193,8 @@ class Evaluator(Items):
         if callable(found):
             return Abstract(None, Method(base, name), span=op.span)
         kept = self._keep_attribute(op, Abstract(Module(module.model, handle._path), span=op.span), name)
-        own_text = f"{module.text}.{name}" if not handle._path else f"{path}.{name}"
-        kept.fact = Known(found, own_text)
+        path = f"._root._module.get_submodule({handle._path!r})" if handle._path else ""
+        kept.fact = Known(found, f"{module.text}{path}.{name}")
         return kept
 
     def _attention(self, base: Abstract, name: str, span: Span) -> Abstract | None:
