@@ -76,7 +76,7 @@ class Holdings:
             if root not in found:
                 found.add(root)
                 if isinstance(root, (Site, Gradient)):
-                    waiting.extend(self.of(root))
+                    waiting.extend(self.held.get(holder_of(root), ()))
         return frozenset(found)
 
     def _grow(self, holder: Hashable, roots: Iterable[Root]) -> None:

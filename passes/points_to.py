@@ -25,6 +25,7 @@ from nnsight_compiler.passes.roots import (
     Roots,
     Site,
     Weight,
+    holder_of,
     is_outside,
 )
 
@@ -120,9 +121,10 @@ class PointsTo:
         """The roots of an item, an attribute, a view or an element of the operand."""
         found = set(self.roots(operand))
         if not self.origins.is_tensor(operand):
+            held = self.holdings.held
             for root in tuple(found):
                 if not isinstance(root, Site):
-                    found.update(self.holdings.of(root))
+                    found |= held.get(holder_of(root), NOTHING)
         return found
 
     def called(self, op: Op) -> set[Root]:
