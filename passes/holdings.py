@@ -10,19 +10,9 @@ What a storage reaches is found when it is first asked for, and extended as anyt
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import TypeVar, final
+from typing import final
 
 from nnsight_compiler.passes.roots import Gradient, Root, Roots, Site, holder_of, is_outside
-
-_Key = TypeVar("_Key", bound=Hashable)
-
-
-def grow(table: dict[_Key, set[Root]], key: _Key, roots: Iterable[Root]) -> set[Root]:
-    """Adds roots to those of a key; gives those that are new."""
-    into = table.setdefault(key, set())
-    new = set(roots) - into
-    into |= new
-    return new
 
 
 @final
@@ -48,7 +38,7 @@ class Holdings:
     def hold(self, holders: Iterable[Root], roots: Iterable[Root]) -> None:
         """Each of the holders holds these roots."""
         roots = set(roots)
-        for holder in holders:
+        for holder in holders if roots else ():
             if isinstance(holder, Site):
                 self.enter(holder.forward, roots)
             else:
@@ -58,9 +48,12 @@ class Holdings:
         """The model was given these roots: any site after them may be one of them."""
         roots = set(roots)
         outside = {root for root in roots if is_outside(root)}
-        if grow(self.given, forward, outside):
+        given = self.given.setdefault(forward, set())
+        if not outside <= given:
+            given |= outside
             self.grown = True
-        self._grow(("site", forward), roots - outside)
+        if outside != roots:
+            self._grow(("site", forward), roots - outside)
 
     def reach(self, roots: Iterable[Root]) -> Roots:
         """These roots and all that they hold, however deep."""
@@ -80,8 +73,10 @@ class Holdings:
         return frozenset(found)
 
     def _grow(self, holder: Hashable, roots: Iterable[Root]) -> None:
-        new = grow(self.held, holder, roots)
+        held = self.held.setdefault(holder, set())
+        new = set(roots) - held
         if new:
+            held |= new
             self.grown = True
             for follower in tuple(self._followers.get(holder, ())):
                 self._extend(follower, new)

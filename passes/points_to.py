@@ -12,7 +12,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import operands, regions
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall, words
-from nnsight_compiler.passes.holdings import Holdings, grow
+from nnsight_compiler.passes.holdings import Holdings
 from nnsight_compiler.passes.origins import Origins, is_tensor_index
 from nnsight_compiler.passes.roots import (
     ANY_NAME,
@@ -98,16 +98,20 @@ class PointsTo:
             if root not in found:
                 found.add(root)
                 if not isinstance(root, (Site, Gradient)) and not self.origins.is_tensor(operand):
-                    waiting.extend(self.holdings.of(root))
+                    waiting.extend(self.holdings.held.get(holder_of(root), ()))
         return frozenset(found)
 
     def _add(self, value: Value, roots: Iterable[Root]) -> None:
-        if grow(self._roots, value.name, roots):
-            self._changed = True
+        found = self._roots.setdefault(value.name, set())
+        before = len(found)
+        found.update(roots)
+        self._changed |= len(found) > before
 
     def _returns(self, closure: str, value: Operand) -> None:
-        if grow(self._returned, Fresh(closure), self.roots(value)):
-            self._changed = True
+        found = self._returned.setdefault(Fresh(closure), set())
+        before = len(found)
+        found |= self.roots(value)
+        self._changed |= len(found) > before
 
     def _put(self, holders: Iterable[Root], held: Iterable[Root]) -> None:
         """Values that the program puts into a container, an object or a name."""
