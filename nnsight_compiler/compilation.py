@@ -19,6 +19,7 @@ from nnsight_compiler.models.residual import stream_of
 from nnsight_compiler.observations import measured, observed
 from nnsight_compiler.options import DEFAULT, Options
 from nnsight_compiler.passes.check_padding import check_padding
+from nnsight_compiler.passes.check_sites import check_sites
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
@@ -28,7 +29,6 @@ from nnsight_compiler.passes.fill_caches import fill_caches
 from nnsight_compiler.passes.fuse_calls import fuse_calls
 from nnsight_compiler.passes.hoist_forwards import hoist_forwards
 from nnsight_compiler.passes.infer import infer
-from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.manager import NamedPass, Observer, run_passes
 from nnsight_compiler.passes.merge_forwards import merge_forwards
 from nnsight_compiler.passes.merge_straight_forwards import merge_straight_forwards
@@ -43,11 +43,12 @@ from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.rows import check_rows
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.share_prefixes import share_prefixes
-from nnsight_compiler.passes.sites import check_sites, forwards
+from nnsight_compiler.passes.sites import forwards
 from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.passes.stop_early import stop_early
 from nnsight_compiler.passes.streams import Stream
+from nnsight_compiler.passes.subject import Subject
 from nnsight_compiler.passes.unite_forwards import unite_forwards
 from nnsight_compiler.positions_apart import conditions_of
 from nnsight_compiler.runtime.functions import generate_function

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, final, overload
 
 from nnsight_compiler.cache import Cache, CacheInfo
 from nnsight_compiler.compilation import PASSES, Compiled, lower_program
-from nnsight_compiler.explain import Explanation, explain
+from nnsight_compiler.explain import explain
+from nnsight_compiler.explanation import Explanation
 from nnsight_compiler.frontend import lower_function, lower_source
 from nnsight_compiler.html import program_html, stages_html
 from nnsight_compiler.ir.errors import CompileError

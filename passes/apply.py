@@ -6,20 +6,16 @@ they are given a module; a helper whose source cannot be used stays one host op.
 
 from __future__ import annotations
 
-import math
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from typing import Literal as OneOf
 
 import torch
 
 from nnsight_compiler.ir import ops
-from nnsight_compiler.ir.values import NONE, Module, Operand, Value
+from nnsight_compiler.ir.values import NONE, Module, Value
 from nnsight_compiler.passes import caching, differentiation
-from nnsight_compiler.passes.behaviour import KnownCall
-from nnsight_compiler.passes.bounded import TEXT, is_long, may_call
 from nnsight_compiler.passes.facts import (
-    NO_LOOPS,
     Abstract,
     Elements,
     Function,
@@ -31,17 +27,23 @@ from nnsight_compiler.passes.facts import (
     SiteModule,
     StepRange,
     Tracer,
-    constant,
     holds_values,
     immutable,
     size_of,
 )
-from nnsight_compiler.passes.inline import MODULE_CALL, Arguments, Inlining
-from nnsight_compiler.passes.known_calls import METHODS, known_function, known_method, known_target, names_class
+from nnsight_compiler.passes.inline import Inlining
+from nnsight_compiler.passes.kept_calls import Arguments, keep_call
+from nnsight_compiler.passes.known_calls import (
+    METHODS,
+    MODULE_CALL,
+    known_function,
+    known_method,
+    known_target,
+    names_class,
+)
 from nnsight_compiler.passes.observed_calls import is_observed, observe
-
-if TYPE_CHECKING:
-    pass
+from nnsight_compiler.passes.subject import Inputs
+from nnsight_compiler.passes.transparent_calls import see_through
 
 PLAIN_RESULTS = {
     "item", "tolist", "size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "get_device",
@@ -49,18 +51,10 @@ PLAIN_RESULTS = {
 }  # fmt: skip
 """Methods of a tensor whose results are plain Python values."""
 PLAIN_FUNCTIONS = {len, int, float, str, bool, repr, isinstance, print, id, type, hash, callable}
-FOLDED = {
-    len, range, int, float, str, bool, abs, min, max, sum, round, tuple, sorted, isinstance, ord, chr, slice, divmod,
-    *(held for name, held in vars(math).items() if callable(held) and not name.startswith("_")),
-}  # fmt: skip
-"""Pure functions that are evaluated where every argument is a known number, string, range or tuple."""
-SAME = {"tqdm", "trange"}
 POSITION = "nnsight_compiler.models.language.LanguageModel.position"
 BARRIER = "barrier()"
 """The name of the method that the result of `tracer.barrier(…)` stands for; no attribute has such a name."""
-Kind = OneOf["enumerate", "zip", "reversed", "same"]
 VIEWS: dict[str, OneOf["keys", "values", "items"]] = {"keys": "keys", "values": "values", "items": "items"}
-KINDS: dict[Any, Kind] = {enumerate: "enumerate", zip: "zip", reversed: "reversed"}
 
 
 class Calls(Inlining):
@@ -73,28 +67,28 @@ class Calls(Inlining):
             case Function() as fact:
                 return self._closure(op, function, fact, arguments)
             case SiteModule() as module if is_observed(self.specialiser, arguments, op.span):
-                kept = self._kept(op, function, arguments, MODULE_CALL)
+                kept = keep_call(self.specialiser, op, function, arguments, target=MODULE_CALL)
                 return observe(self.specialiser, module, kept, self.specialiser.span(op))
             case SiteModule():
-                return self._kept(op, function, arguments, MODULE_CALL)
+                return keep_call(self.specialiser, op, function, arguments, target=MODULE_CALL)
             case SiteCalls() | Tracer() | StepRange():
                 self.specialiser.fail(op.span, "this cannot be called")
             case Method(receiver=receiver, name=name):
                 return self._method(op, function, receiver, name, arguments)
             case Known(value=value):
                 return self._known(op, function, value, arguments)
-        return self._kept(op, function, arguments, None)
+        return keep_call(self.specialiser, op, function, arguments)
 
     def _known(self, op: ops.Call, function: Abstract, value: Any, arguments: Arguments) -> Abstract:
         assert isinstance(function.fact, Known)
         if value is self.specialiser.subject.save and len(arguments) == 1:
             self.specialiser.guards.rely_on_identity(function.fact)
             return self.save(op, arguments[0][1])
-        transparent = self._transparent(op, function, value, arguments)
+        transparent = see_through(self.specialiser, op, function, value, arguments)
         if transparent is not None:
             return transparent
         if isinstance(value, torch.nn.Module):
-            return self._kept(op, function, arguments, MODULE_CALL)
+            return keep_call(self.specialiser, op, function, arguments, target=MODULE_CALL)
         if value is torch.autograd.grad:
             found = differentiation.gradients(self.specialiser, op, arguments)
             if found is not None:
@@ -106,156 +100,13 @@ class Calls(Inlining):
             known = known if names_class(known.target, function.fact.text or "") else None
         if known is not None:
             self.specialiser.guards.rely_on_identity(function.fact)
-            kept = self._kept(op, function, arguments, known.target, known)
+            kept = keep_call(self.specialiser, op, function, arguments, known)
             if value in PLAIN_FUNCTIONS:
                 kept.live = 0
             return kept
         if isinstance(value, (FunctionType, MethodType)) and self._inlinable(value, arguments):
             return self._helper(op, function, value, arguments)
-        return self._kept(op, function, arguments, None)
-
-    def _transparent(self, op: ops.Call, function: Abstract, value: Any, arguments: Arguments) -> Abstract | None:
-        """Builtins that the compiler sees through: pure functions of known values, and what only iterates."""
-        if any(argument.star for argument, _ in arguments):
-            return None
-        assert isinstance(function.fact, Known)
-        plain = [abstract for argument, abstract in arguments if argument.keyword is None]
-        keywords = {argument.keyword: abstract for argument, abstract in arguments if argument.keyword is not None}
-        for abstract in plain:
-            self.evaluator.resolved(abstract)
-        if value is len and len(plain) == 1:
-            return self._length(op, function, plain[0], arguments)
-        if value is getattr and len(plain) == 2 and isinstance(plain[0].fact, SiteModule):
-            self.specialiser.guards.rely_on_identity(function.fact)
-            name = self.specialiser.demand(plain[1], op.span, "which attribute of a module this is")
-            if isinstance(name, str):
-                attribute = ops.Attribute(op.result, op.arguments[0].value, name, span=op.span)
-                return self.evaluator.attribute(attribute, plain[0], name)
-        if value in (enumerate, zip, reversed) or getattr(value, "__name__", "") in SAME:
-            self.specialiser.guards.rely_on_identity(function.fact)
-            return self._iteration(op, function, value, plain, keywords, arguments)
-        if value in (list, tuple) and len(plain) == 1:
-            return self._sequence(op, function, value, plain[0], arguments)
-        if value in (list, dict) and not arguments:
-            return self._kept(
-                op, function, arguments, _target(value), known_function(value), Elements(value.__name__, [])
-            )
-        if value is tuple and not arguments:
-            return constant(())
-        if not _hashable(value) or value not in FOLDED or keywords:
-            return None
-        facts = [part.fact for part in plain if isinstance(part.fact, Known) and immutable(part.fact.value)]
-        if len(facts) != len(plain) or not may_call(value, [fact.value for fact in facts]):
-            return None
-        try:
-            result = value(*(fact.value for fact in facts))
-        except Exception:  # the call stays, and raises for the user at its own line when it runs
-            return None
-        self.specialiser.guards.rely_on_identity(function.fact)
-        texts = [fact.text for fact in facts]
-        if all(text is None for text in texts):
-            folded = constant(result)
-            if folded.operand is not None:
-                return folded
-            return self._deferred(op, function, arguments, known_function(value), Known(result))
-        spelled = ", ".join(fact.text if fact.text is not None else repr(fact.value) for fact in facts)
-        if len(spelled) > TEXT:
-            return None
-        fact = Known(result, f"{function.fact.text}({spelled})") if immutable(result) else None
-        if isinstance(result, range):
-            return self._deferred(op, function, arguments, known_function(value), fact)
-        return self._kept(op, function, arguments, _target(value), known_function(value), fact)
-
-    def _length(self, op: ops.Call, function: Abstract, value: Abstract, arguments: Arguments) -> Abstract | None:
-        assert isinstance(function.fact, Known)
-        self.specialiser.guards.rely_on_identity(function.fact)
-        match value.fact:
-            case SiteModule(handle=handle) as module:
-                text = f"{module.text}._root._module.get_submodule({handle._path!r})"
-                self.specialiser.guards.add(text, "length", len(handle))
-                return constant(len(handle))
-            case SiteCalls(module=module, call=None):
-                return constant(len(self.evaluator.each_call(module, op.span)))
-            case Elements(items=list() as items):
-                return constant(len(items))
-            case Known(value=held, text=text) if self.evaluator._countable(value):
-                if text is None:
-                    return constant(len(held))
-                fact = Known(len(held), f"len({text})")
-                return self._kept(op, function, arguments, _target(len), known_function(len), fact)
-        kept = self._kept(op, function, arguments, _target(len), known_function(len))
-        kept.live, kept.at_run = 0, value.at_run and not isinstance(value.fact, Elements)
-        if isinstance(value.fact, Elements):
-            kept.loops |= value.fact.loops
-        return kept
-
-    def _iteration(
-        self,
-        op: ops.Call,
-        function: Abstract,
-        value: Any,
-        plain: list[Abstract],
-        keywords: dict[Any, Abstract],
-        arguments: Arguments,
-    ) -> Abstract | None:
-        name = getattr(value, "__name__", "")
-        bases, start = tuple(plain), 0
-        if value is enumerate and len(plain) in (1, 2):
-            first = plain[1] if len(plain) == 2 else keywords.get("start")
-            bases = (plain[0],)
-            if first is not None:
-                if not isinstance(first.fact, Known):
-                    return None
-                start = self.specialiser.demand(first, op.span, "where this count starts")
-        elif name == "trange" or not plain or (name == "tqdm" and len(plain) != 1):
-            return None
-        kind: Kind = KINDS.get(value, "same")
-        return self._deferred(op, function, arguments, known_function(value), Iteration(kind, bases, start))
-
-    def _deferred(
-        self,
-        op: ops.Call,
-        function: Abstract,
-        arguments: Arguments,
-        known: KnownCall | None,
-        fact: Any,
-    ) -> Abstract:
-        """A call that is emitted only where its result is used as a value."""
-
-        def make() -> Operand:
-            kept = self._kept(op, function, arguments, None if known is None else known.target, known)
-            assert kept.operand is not None
-            return kept.operand
-
-        loops = NO_LOOPS.union(*(abstract.loops for _, abstract in arguments))
-        live = max((abstract.live for _, abstract in arguments), default=0)
-        at_run = any(abstract.at_run for _, abstract in arguments)
-        return Abstract(None, fact, loops, live, self.specialiser.span(op), at_run, make)
-
-    def _sequence(
-        self,
-        op: ops.Call,
-        function: Abstract,
-        value: Any,
-        base: Abstract,
-        arguments: Arguments,
-    ) -> Abstract | None:
-        assert isinstance(function.fact, Known)
-        self.specialiser.guards.rely_on_identity(function.fact)
-        if self.evaluator.mentions_modules(base):
-            items = self.evaluator.iterate(base, op.span)
-            return Abstract(None, Elements(value.__name__, items), span=op.span)
-        fact: Any = None
-        match base.fact:
-            case Elements(kind="tuple" | "list", items=list() as items):
-                fact = Elements(value.__name__, list(items))
-            case Known(value=held, text=None) if (
-                immutable(held) and hasattr(held, "__iter__") and not (isinstance(held, range) and is_long(held))
-            ):
-                fact = Elements(value.__name__, [constant(item) for item in held])
-            case Known(value=held) if immutable(held) and hasattr(held, "__iter__"):
-                fact = Iteration("same", (base,))
-        return self._kept(op, function, arguments, _target(value), known_function(value), fact)
+        return keep_call(self.specialiser, op, function, arguments)
 
     def _method(
         self,
@@ -309,12 +160,12 @@ class Calls(Inlining):
             case Known(value=dict()) if name in ("keys", "values", "items") and not arguments:
                 known = known_method(name)
                 assert known is not None
-                return self._kept(op, function, arguments, known.target, known, Iteration(VIEWS[name], (receiver,)))
+                return keep_call(self.specialiser, op, function, arguments, known, Iteration(VIEWS[name], (receiver,)))
             case Known(value=value) if not isinstance(value, type) and type(value) not in (list, dict, set):
                 bound = getattr(type(value), name, None)
                 if isinstance(bound, FunctionType) and self._mentions(arguments):
                     return self._helper(op, function, MethodType(bound, value), arguments)
-                return self._kept(op, function, arguments, None)
+                return keep_call(self.specialiser, op, function, arguments)
             case Elements() as container:
                 return self._of_container(op, function, container, name, arguments)
         if name == "backward" and receiver.live and not self.specialiser.closures:
@@ -322,7 +173,7 @@ class Calls(Inlining):
         if name == "save" and not arguments and receiver.live:
             return self.save(op, receiver)
         known = known_method(name)
-        kept = self._kept(op, function, arguments, None if known is None else known.target, known)
+        kept = keep_call(self.specialiser, op, function, arguments, known)
         if name in PLAIN_RESULTS:
             kept.live = 0
         return kept
@@ -363,7 +214,7 @@ class Calls(Inlining):
         known = known_target(POSITION) if name == "position" and _finds_positions(receiver.fact.handle) else None
         module = Module(receiver.fact.model, receiver.fact.handle._path) if known is None else receiver.fact.model
         self.specialiser.emit(ops.Attribute(method, module, name, span=self.specialiser.span(op)))
-        return self._kept(op, Abstract(method), arguments, known and known.target, known)
+        return keep_call(self.specialiser, op, Abstract(method), arguments, known)
 
     def _position(self, op: ops.Call, arguments: Arguments) -> Abstract:
         """`tracer.position(words)`: the same as `model.position(prompt, words)`, of the prompt of this forward."""
@@ -414,7 +265,7 @@ class Calls(Inlining):
             case _:
                 container.forget()
         known = known_method(name)
-        kept = self._kept(op, function, arguments, None if known is None else known.target, known)
+        kept = keep_call(self.specialiser, op, function, arguments, known)
         kept.loops |= container.loops
         kept.live = 0 if name in ("append", "extend", "insert") else kept.live
         return kept
@@ -457,7 +308,7 @@ class Calls(Inlining):
         except LookupError:
             return []
 
-    def known_arguments(self, arguments: tuple[ops.Argument, ...]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def known_arguments(self, arguments: tuple[ops.Argument, ...]) -> Inputs | None:
         """The inputs of a forward as they are in this call, to observe the model on; `None` where a run gives them."""
         plain: list[Any] = []
         named: dict[str, Any] = {}
@@ -491,16 +342,3 @@ def _concrete(value: Abstract) -> Any:
 
 def _finds_positions(handle: Any) -> bool:
     return not handle._path and hasattr(type(handle), "position")
-
-
-def _hashable(value: object) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _target(value: Any) -> str | None:
-    known = known_function(value)
-    return None if known is None else known.target

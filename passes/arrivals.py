@@ -13,8 +13,8 @@ from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.traverse import defined, definitions, operands, regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Operand, Value
+from nnsight_compiler.passes.in_place_writes import in_place, targets
 from nnsight_compiler.passes.memory import Gradient, Memory, Name, Root, Roots
-from nnsight_compiler.passes.sites import in_place, targets
 
 Rank = tuple[int, int, int]
 

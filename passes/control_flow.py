@@ -19,6 +19,7 @@ from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes import editing
 from nnsight_compiler.passes.bounded import MAX_ROUNDS
+from nnsight_compiler.passes.completion import AccessInClosure, Completion
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -30,7 +31,7 @@ from nnsight_compiler.passes.facts import (
     Tracer,
     holds_values,
 )
-from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Forwarding, Interpretation
+from nnsight_compiler.passes.interpretation import Forwarding, Interpretation
 from nnsight_compiler.passes.invokes import brings_input, first_inputs, settle
 
 

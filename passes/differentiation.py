@@ -28,7 +28,8 @@ from nnsight_compiler.passes.facts import (
 )
 
 if TYPE_CHECKING:
-    from nnsight_compiler.passes.interpretation import Completion, Interpretation
+    from nnsight_compiler.passes.completion import Completion
+    from nnsight_compiler.passes.interpretation import Interpretation
 
 
 def backward(specialiser: Interpretation, op: ops.Backward) -> Completion | None:

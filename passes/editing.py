@@ -21,6 +21,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import walk
 from nnsight_compiler.ir.values import Literal, Value
+from nnsight_compiler.passes.completion import AccessInClosure
 from nnsight_compiler.passes.facts import (
     Abstract,
     Frame,
@@ -40,8 +41,6 @@ Scopes = list[dict[Value, Abstract]]
 
 def make(interpretation: Interpretation, op: ops.Edit) -> None:
     """An edit that the program makes: its body is kept for the forwards of the edited model."""
-    from nnsight_compiler.passes.interpretation import AccessInClosure
-
     span = interpretation.span(op)
     if interpretation.closures:
         raise AccessInClosure

@@ -26,23 +26,19 @@ Legal, since what goes changes nothing that stays:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar, assert_never, cast, final
+from dataclasses import replace
+from typing import TypeVar, assert_never
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import AnyOp, Op, Region
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.traverse import defined, operands, regions, rewrite, used
-from nnsight_compiler.ir.values import Literal, Module, Operand, Unbound, Value, values_in
+from nnsight_compiler.ir.traverse import defined, operands, rewrite, used
+from nnsight_compiler.ir.values import Literal, Module, Operand, Unbound, values_in
 from nnsight_compiler.passes.known_calls import CHANGES_MODULES, Behaviour
 from nnsight_compiler.passes.looked_on import looked_on
 from nnsight_compiler.passes.memory import Memory, Outside
-
-VESSELS = frozenset(f"builtins.{name}" for name in ("list", "dict", "set")) | {"collections.deque"}
-"""Calls without arguments that make an empty container."""
-
-FILLING = frozenset(f"method.{name}" for name in ("append", "appendleft", "add", "insert", "clear"))
-"""Methods by which a container is filled, and which cannot raise on one of its kind."""
+from nnsight_compiler.passes.op_tree import Node, OpTree
+from nnsight_compiler.passes.unused_containers import EMPTY, fillings_of_unused
 
 _Part = TypeVar("_Part")
 
@@ -53,93 +49,33 @@ def eliminate_dead_saves(program: Program, *, keep_forwards: bool = False) -> Pr
     return program if result == program else result
 
 
-@final
-@dataclass(eq=False, slots=True)
-class _Node:
-    """An op at its place in the tree of regions.
+class _Elimination:
+    """What stays of one program.
 
-    guarded: whether it stands inside a `try`. waiting: for a closure, the nodes inside that stay if the closure does.
-    jumps: for a loop, the terminators that carry its values; for an `if`, its yields.
+    kept: the ops that stay; `waiting`: those inside a closure that stay if the closure does.
+    live: the values that what stays uses; `positions`: the same of those that regions hand over, by op and number.
     """
 
-    op: AnyOp
-    parent: _Node | None
-    guarded: bool
-    kept: bool = False
-    children: list[_Node] = field(default_factory=list)
-    waiting: list[_Node] = field(default_factory=list)
-    jumps: list[_Node] = field(default_factory=list)
-
-
-class _Elimination:
     def __init__(self, program: Program, keep_forwards: bool) -> None:
         self.program = program
         self.keep_forwards = keep_forwards
         self.memory = Memory.of(program)
-        self.nodes: list[_Node] = []
-        self.makers: dict[str, tuple[_Node, int]] = {}
-        self.stores: dict[str, list[_Node]] = {}
-        self.uses: dict[str, list[_Node]] = {}
-        self.from_model: set[str] = set()
+        self.tree = OpTree(program)
+        self.kept: set[Node] = set()
+        self.waiting: dict[Node, list[Node]] = {}
         self.live: set[str] = set()
-        self.positions: set[tuple[int, int]] = set()
-        self.top = self.build(program.body, None, False)
-
-    # --- the tree ---
-
-    def build(self, region: Region, parent: _Node | None, guarded: bool) -> list[_Node]:
-        return [self.add(cast(AnyOp, op), parent, guarded) for op in region.ops]
-
-    def add(self, op: AnyOp, parent: _Node | None, guarded: bool) -> _Node:
-        node = _Node(op, parent, guarded)
-        self.nodes.append(node)
-        for index, value in enumerate(defined(op)):
-            self.makers[value.name] = (node, index)
-        for value in used(op):
-            self.uses.setdefault(value.name, []).append(node)
-        if isinstance(op, (ops.Read, ops.Grad, ops.Forward, ops.Invoke)) or any(
-            value.name in self.from_model for value in used(op)
-        ):
-            self.from_model |= {value.name for value in defined(op)}
-        if isinstance(op, ops.Store) and isinstance(op.cell, Value):
-            self.stores.setdefault(op.cell.name, []).append(node)
-        if isinstance(op, (ops.For, ops.While)):
-            for region in regions(op):
-                first = 1 if isinstance(op, ops.For) and region is op.body else 0
-                for index, value in enumerate(region.parameters):
-                    # The item of a `for` has the index -1: it is no carried value.
-                    self.makers[value.name] = (node, index - first)
-        else:
-            for region in regions(op):
-                for value in region.parameters:
-                    self.makers.setdefault(value.name, (node, -1))
-        if isinstance(op, (ops.Continue, ops.Break)):
-            self.loop_of(node).jumps.append(node)
-        elif isinstance(op, ops.Yield) and parent is not None:
-            parent.jumps.append(node)
-        for region in regions(op):
-            inside = guarded or (isinstance(op, ops.Try) and region is op.body)
-            node.children += self.build(region, node, inside)
-        return node
-
-    @staticmethod
-    def loop_of(node: _Node) -> _Node:
-        around = node.parent
-        while around is not None and not isinstance(around.op, (ops.For, ops.While)):
-            around = around.parent
-        assert around is not None, "the verifier lets `break` and `continue` stand in loops alone"
-        return around
+        self.positions: set[tuple[Node, int]] = set()
 
     # --- what stays ---
 
     def run(self) -> Program:
-        vessels = self.dead_vessels()
-        for node in self.nodes:
-            if node not in vessels and self.must_stay(node):
+        fillings = fillings_of_unused(self.tree)
+        for node in self.tree.nodes:
+            if node not in fillings and self.must_stay(node):
                 self.keep(node)
-        return replace(self.program, body=replace(self.program.body, ops=tuple(self.sweep(self.top))))
+        return replace(self.program, body=replace(self.program.body, ops=tuple(self.sweep(self.tree.top))))
 
-    def keep(self, node: _Node) -> None:
+    def keep(self, node: Node) -> None:
         """The op stays: so do the ops around it, and what it needs."""
         waiting = [node]
         while waiting:
@@ -147,17 +83,17 @@ class _Elimination:
             around = each.parent
             while around is not None and not isinstance(around.op, ops.Closure):
                 around = around.parent
-            if around is not None and not around.kept:
-                around.waiting.append(each)
+            if around is not None and around not in self.kept:
+                self.waiting.setdefault(around, []).append(each)
                 continue
-            if each.kept:
+            if each in self.kept:
                 continue
-            each.kept = True
+            self.kept.add(each)
             if each.parent is not None:
                 waiting.append(each.parent)
             self.needed(each, waiting)
 
-    def needed(self, node: _Node, waiting: list[_Node]) -> None:
+    def needed(self, node: Node, waiting: list[Node]) -> None:
         op = node.op
         match op:
             case ops.If(condition=condition):
@@ -174,38 +110,37 @@ class _Elimination:
                 pass
             case ops.Forward():
                 self.use_all(op, waiting)
-                waiting += [child for child in _descend(node) if isinstance(child.op, (ops.Invoke, ops.Stop))]
+                waiting += [child for child in node.descend() if isinstance(child.op, (ops.Invoke, ops.Stop))]
             case _:
                 self.use_all(op, waiting)
-        waiting += node.waiting
-        node.waiting.clear()
+        waiting += self.waiting.pop(node, ())
         if isinstance(op, (ops.If, ops.For, ops.While)):
             # A region that had a terminator keeps it, with the values that are left.
             waiting += node.jumps
         elif isinstance(op, ops.Try):
             waiting += [child for child in node.children if isinstance(child.op, ops.Yield)]
 
-    def use_all(self, op: Op, waiting: list[_Node]) -> None:
+    def use_all(self, op: Op, waiting: list[Node]) -> None:
         for operand in operands(op):
             self.use(operand, waiting)
 
-    def use(self, operand: Operand, waiting: list[_Node]) -> None:
+    def use(self, operand: Operand, waiting: list[Node]) -> None:
         for value in values_in(operand):
-            if value.name in self.live or value.name not in self.makers:
+            if value.name in self.live or value.name not in self.tree.makers:
                 continue
             self.live.add(value.name)
-            node, index = self.makers[value.name]
+            node, index = self.tree.makers[value.name]
             waiting.append(node)
             if isinstance(node.op, ops.Cell):
-                waiting += self.stores.get(value.name, [])
+                waiting += self.tree.stores.get(value.name, [])
             if index >= 0 and isinstance(node.op, (ops.If, ops.For, ops.While)):
                 self.carry(node, index, waiting)
 
-    def carry(self, node: _Node, index: int, waiting: list[_Node]) -> None:
+    def carry(self, node: Node, index: int, waiting: list[Node]) -> None:
         """One of the values that a region hands over is used: all that may become it is."""
-        if (id(node), index) in self.positions:
+        if (node, index) in self.positions:
             return
-        self.positions.add((id(node), index))
+        self.positions.add((node, index))
         if isinstance(node.op, (ops.For, ops.While)):
             self.use(node.op.initial[index], waiting)
         for jump in node.jumps:
@@ -214,7 +149,7 @@ class _Elimination:
                 values = values[1:]
             self.use(values[index], waiting)
 
-    def must_stay(self, node: _Node) -> bool:
+    def must_stay(self, node: Node) -> bool:
         """Whether the op has an effect of its own, or might raise where Python would."""
         op = node.op
         match op:
@@ -267,7 +202,7 @@ class _Elimination:
                 return any(isinstance(root, Outside) or root in self.memory.origins.iterators for root in reached)
             case ops.Continue() | ops.Break():
                 # The last op of a loop's body goes with the loop; any other decides how the loop runs.
-                return self.loop_of(node) is not node.parent
+                return node.loop() is not node.parent
             case ops.With(context=context):
                 call = self.memory.origins.definition(context)
                 known = self.memory.origins.known(call) if isinstance(call, ops.Call) else None
@@ -281,18 +216,18 @@ class _Elimination:
             case _:
                 assert_never(op)
 
-    def might_matter(self, node: _Node) -> bool:
+    def might_matter(self, node: Node) -> bool:
         """Whether a computation writes something, or might raise where that must be seen."""
         if self.memory.writes(node.op):
             return True
         if node.guarded:
             return True
-        served = any(value.name in self.uses for value in defined(node.op))
-        hangs = any(value.name in self.from_model for value in used(node.op))
+        served = any(value.name in self.tree.uses for value in defined(node.op))
+        hangs = any(value.name in self.tree.from_model for value in used(node.op))
         model = any(isinstance(operand, Module) for operand in operands(node.op))
         return not (served or hangs or model)
 
-    def call_must_stay(self, node: _Node, op: ops.Call) -> bool:
+    def call_must_stay(self, node: Node, op: ops.Call) -> bool:
         known = self.memory.origins.known(op)
         if known is None and not isinstance(op.function, Module):
             return True
@@ -305,71 +240,20 @@ class _Elimination:
                 for part in receiver
             ):
                 return True
-            if known.target in VESSELS and not op.arguments:
+            if known.target in EMPTY and not op.arguments:
                 return False
         if self.memory.calls_closures(op):
             return True
         return self.might_matter(node)
 
-    # --- containers that are only filled ---
-
-    def dead_vessels(self) -> set[_Node]:
-        """The ops which fill containers that nothing else uses."""
-        found: set[_Node] = set()
-        for node in self.nodes:
-            if self.makes_vessel(node.op):
-                filling = self.filling(node, _is_dict(node.op))
-                if filling is not None:
-                    found |= filling
-        return found
-
-    def makes_vessel(self, op: Op) -> bool:
-        match op:
-            case ops.Build(kind="list" | "dict" | "set") | ops.Cache():
-                return True
-            case ops.Call(target=target, arguments=()):
-                return target in VESSELS
-            case _:
-                return False
-
-    def filling(self, node: _Node, dictionary: bool) -> set[_Node] | None:
-        """The ops that fill the container which this op defines; `None` if anything else is done with it."""
-        found: set[_Node] = set()
-        (value,) = defined(node.op)
-        for use in self.uses.get(value.name, ()):
-            inner: set[_Node] | None = set()
-            match use.op:
-                case ops.Save():
-                    inner = self.filling(use, dictionary)
-                case ops.Record():
-                    inner = {use}
-                case ops.SetItem(object=base, index=Literal(), value=stored):
-                    inner = {use} if dictionary and base == value and stored != value else None
-                case ops.Attribute(result=method):
-                    for call in self.uses.get(method.name, ()):
-                        inner = {*inner, call} if inner is not None and self.fills(call.op, method, value) else None
-                case _:
-                    inner = None
-            if inner is None:
-                return None
-            found |= inner
-        return found
-
-    def fills(self, op: Op, method: Value, container: Value) -> bool:
-        if not isinstance(op, ops.Call) or op.target not in FILLING or op.function != method:
-            return False
-        given = {value for argument in op.arguments for value in values_in(argument.value)}
-        stars = any(argument.star for argument in op.arguments)
-        return not stars and op.result.name not in self.uses and not given & {method, container}
-
     # --- building what is left ---
 
-    def sweep(self, nodes: Sequence[_Node]) -> Iterator[Op]:
+    def sweep(self, nodes: Sequence[Node]) -> Iterator[Op]:
         for node in nodes:
-            if node.kept:
+            if node in self.kept:
                 yield self.rebuilt(node)
 
-    def rebuilt(self, node: _Node) -> Op:
+    def rebuilt(self, node: Node) -> Op:
         op = node.op
         children = iter(node.children)
 
@@ -407,7 +291,7 @@ class _Elimination:
                     ),
                 )
             case ops.Continue(values=values) | ops.Break(values=values):
-                return replace(new, values=self.left(self.loop_of(node), values))
+                return replace(new, values=self.left(node.loop(), values))
             case ops.Yield(values=values) if node.parent is not None:
                 owner = node.parent
                 if isinstance(owner.op, ops.While) and op in owner.op.condition.ops:
@@ -418,27 +302,15 @@ class _Elimination:
             case _:
                 return new
 
-    def narrowed(self, node: _Node, region: Region | None) -> Region | None:
+    def narrowed(self, node: Node, region: Region | None) -> Region | None:
         return None if region is None else replace(region, parameters=self.left(node, region.parameters))
 
-    def left(self, node: _Node, parts: tuple[_Part, ...]) -> tuple[_Part, ...]:
-        return tuple(part for index, part in enumerate(parts) if (id(node), index) in self.positions)
+    def left(self, node: Node, parts: tuple[_Part, ...]) -> tuple[_Part, ...]:
+        return tuple(part for index, part in enumerate(parts) if (node, index) in self.positions)
 
 
 def _same(old: Op, new: Op) -> Op:
     return old if old == new else new
-
-
-def _is_dict(op: Op) -> bool:
-    return (isinstance(op, ops.Build) and op.kind == "dict") or (
-        isinstance(op, ops.Call) and op.target == "builtins.dict"
-    )
-
-
-def _descend(node: _Node) -> Iterator[_Node]:
-    for child in node.children:
-        yield child
-        yield from _descend(child)
 
 
 def _handed_over(op: AnyOp) -> tuple[Operand, ...]:

@@ -21,19 +21,11 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, operands, regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
+from nnsight_compiler.passes.in_place_writes import in_place, targets
 from nnsight_compiler.passes.memory import Fresh, Name, Root, Site, Weight
 from nnsight_compiler.passes.moments import Moment, last_step
 from nnsight_compiler.passes.pauses import pauses
-from nnsight_compiler.passes.sites import (
-    RESULT,
-    Order,
-    Place,
-    event_port,
-    in_place,
-    locate,
-    place_of,
-    targets,
-)
+from nnsight_compiler.passes.sites import RESULT, Order, Place, event_port, locate, place_of
 
 if TYPE_CHECKING:
     from nnsight_compiler.passes.place import Placement

@@ -1,16 +1,14 @@
-"""Names, attributes, items and operators, evaluated where they are known: the expression half of `specialise`.
+"""Attributes and containers, evaluated where they are known, while a program is specialised: what a `.` means.
 
-What is computed here is pure by construction: attributes of Python modules, of configs and of plain objects that hold
-them as their own; items of tuples, lists and dicts; operators on numbers and strings. Everything else stays an op.
+An attribute of a module is another module, a site, or a value that the module has. What is computed is pure by
+construction: attributes of Python modules, of configs and of plain objects that hold them as their own. Everything else
+stays an op.
 """
 
 from __future__ import annotations
 
-import builtins
 import inspect
-import operator
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +16,8 @@ import torch
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
-from nnsight_compiler.ir.values import Literal, Module, Value
+from nnsight_compiler.ir.values import Module, Value
 from nnsight_compiler.passes.apply import Calls
-from nnsight_compiler.passes.bounded import TEXT, may_apply
 from nnsight_compiler.passes.differentiation import outside_of_backward
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -34,6 +31,7 @@ from nnsight_compiler.passes.facts import (
     SiteCalls,
     SiteModule,
     Tracer,
+    anchored,
     constant,
     immutable,
     is_handle,
@@ -56,20 +54,6 @@ LIBRARIES = frozenset({"torch", "numpy", "einops", "transformers", *sys.stdlib_m
 PLAIN_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout"}
 """Attributes of a tensor that are plain Python values."""
 
-BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "//": operator.floordiv,
-    "%": operator.mod, "&": operator.and_, "|": operator.or_, "^": operator.xor, "<<": operator.lshift,
-    ">>": operator.rshift, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-    "==": operator.eq, "!=": operator.ne, "is": operator.is_, "is not": operator.is_not,
-    "in": lambda left, right: left in right, "not in": lambda left, right: left not in right,
-}  # fmt: skip
-UNARY: dict[str, Callable[[Any], Any]] = {
-    "-": operator.neg,
-    "+": operator.pos,
-    "~": operator.invert,
-    "not": operator.not_,
-}
-
 
 class Evaluator(Items):
     """Evaluates the expressions of one interpretation."""
@@ -77,83 +61,6 @@ class Evaluator(Items):
     def __init__(self, specialiser: Interpretation) -> None:
         super().__init__(specialiser)
         self.calls = Calls(specialiser, self)
-
-    def read_name(self, op: ops.Global) -> Abstract:
-        frame = self.specialiser.frame
-        if op.scope == "free":
-            return self._free(op)
-        own_builtins = vars(builtins)
-        if op.name not in frame.globals and op.name not in own_builtins:
-            return self._undefined(op)
-        value = frame.globals[op.name] if op.name in frame.globals else own_builtins[op.name]
-        if frame.own or frame.globals is self.specialiser.subject.globals or self._same_builtin(op.name):
-            kept = self._kept(op)
-            if self._assigned(op, value):
-                kept.at_run = True
-            else:
-                kept.fact = self._fact(value, op.name)
-            return kept
-        held = self.specialiser.guards.name(frame.globals, "globals")
-        fact = self._fact(value, f"{held}[{op.name!r}]")
-        module = frame.globals.get("__name__")
-        if vars(sys.modules.get(str(module), builtins)) is not frame.globals:
-            return Abstract(Literal(value) if immutable(value) else None, fact, span=op.span)
-        owner = self.specialiser.builder.fresh("module")
-        result = self.specialiser.builder.fresh(op.name)
-        span = self.specialiser.span(op)
-        self.specialiser.emit(ops.Import(owner, str(module), leaf=True, span=span))
-        self.specialiser.emit(ops.Attribute(result, owner, op.name, span=span))
-        if self._assigned(op, value):
-            return Abstract(result, span=span, at_run=True)
-        return Abstract(result, fact, span=span)
-
-    def _undefined(self, op: ops.Global) -> Abstract:
-        """A name that stands for nothing now: looked up at its line, where Python raises unless it was assigned by
-        then, even if nothing uses it."""
-        found = self._kept(op)
-        assert isinstance(found.operand, Value)
-        result = self.specialiser.builder.fresh(op.name)
-        self.specialiser.emit(ops.Bound(result, found.operand, op.name, span=self.specialiser.span(op)))
-        return Abstract(result, span=found.span, at_run=True)
-
-    def _assigned(self, op: ops.Global, value: Any) -> bool:
-        """Whether a name may stand for another value by now. One that stands for a module, a function or an object is
-        taken to stay; what the object holds is another question."""
-        changes = self.specialiser.changes
-        if not immutable(value):
-            return op.name in changes.names
-        self.specialiser.reliances += 1
-        return changes.anything or op.name in changes.names
-
-    def _same_builtin(self, name: str) -> bool:
-        frame = self.specialiser.frame
-        return name not in frame.globals and name not in self.specialiser.subject.globals
-
-    def _free(self, op: ops.Global) -> Abstract:
-        frame = self.specialiser.frame
-        cell = frame.closure.get(op.name)
-        try:
-            value = None if cell is None else cell.cell_contents
-        except ValueError:
-            cell = None
-        held = None if cell is None else self.specialiser.guards.name(cell, op.name)
-        if frame.own:
-            kept = self._kept(op)
-            if cell is not None and self._assigned(op, value):
-                kept.at_run = True
-            elif cell is not None:
-                kept.fact = self._fact(value, f"{held}.cell_contents")
-            return kept
-        if cell is None:
-            self.specialiser.fail(op.span, f"`{op.name}` has no value yet")
-        fact = self._fact(value, f"{held}.cell_contents")
-        return Abstract(Literal(value) if immutable(value) else None, fact, span=op.span)
-
-    @staticmethod
-    def _fact(value: Any, text: str, parent: Known | None = None) -> Known:
-        if python_module(value) and (parent is None or parent.anchor is None):
-            return Known(value, text, (text, value))
-        return Known(value, text, None if parent is None else parent.anchor)
 
     def attribute(self, op: ops.Attribute | ops.Read, base: Abstract, name: str) -> Abstract:
         if isinstance(base.fact, Recording) and name == "save":
@@ -242,7 +149,7 @@ class Evaluator(Items):
             return Known(getattr(value, name), text) if name in PLAIN_ATTRIBUTES else None
         if python_module(value) or isinstance(value, type) or _is_config(value):
             held = getattr(value, name, inspect.Parameter.empty)
-            return None if held is inspect.Parameter.empty else Evaluator._fact(held, text or name, base)
+            return None if held is inspect.Parameter.empty else anchored(held, text or name, base)
         own = getattr(value, "__dict__", {}) if _reads_plainly(type(value)) else {}
         of_class = inspect.getattr_static(type(value), name, None)
         if name in own and not hasattr(of_class, "__set__"):
@@ -259,9 +166,7 @@ class Evaluator(Items):
             return read_stream(self, op, base, name)
         if name == "calls":
             return Abstract(None, SiteCalls(module), span=op.span)
-        if name == "next" and not hasattr(handle._module, "next"):
-            return Abstract(None, Method(base, name), span=op.span)
-        if name == "skip":
+        if name == "skip" or (name == "next" and not hasattr(handle._module, "next")):
             return Abstract(None, Method(base, name), span=op.span)
         value = self._attention(base, name, op.span)
         if value is not None:
@@ -281,7 +186,6 @@ class Evaluator(Items):
             return self._module_value(found, module, op.span)
         if isinstance(found, list) and all(map(is_handle, found)):
             return self.specialiser.pack([self._module_value(part, module, op.span) for part in found])
-        path = f"{module.text}._root._module.get_submodule({handle._path!r})"
         if not handle._path and not hasattr(handle._module, name) and not inspect.ismethod(found):
             kept = self._keep_attribute(op, Abstract(module.model, span=op.span), name)  # the wrapper's, as `tokenizer`
             kept.fact = Known(found, f"{module.text}.{name}")
@@ -289,8 +193,8 @@ class Evaluator(Items):
         if callable(found):
             return Abstract(None, Method(base, name), span=op.span)
         kept = self._keep_attribute(op, Abstract(Module(module.model, handle._path), span=op.span), name)
-        own_text = f"{module.text}.{name}" if not handle._path else f"{path}.{name}"
-        kept.fact = Known(found, own_text)
+        path = f"._root._module.get_submodule({handle._path!r})" if handle._path else ""
+        kept.fact = Known(found, f"{module.text}{path}.{name}")
         return kept
 
     def _attention(self, base: Abstract, name: str, span: Span) -> Abstract | None:
@@ -391,53 +295,6 @@ class Evaluator(Items):
             case Known(value=held) if not immutable(held):
                 return Abstract(value.operand, None, value.loops, value.live, value.span)
         return value
-
-    def apply(self, op: ops.Operator) -> Abstract:
-        parts = [self.resolved(self.specialiser.abstract(operand)) for operand in op.operands]
-        for part in parts:
-            if isinstance(part.fact, Elements) and op.in_place:
-                part.fact.forget()
-        if op.operator == "not":
-            parts = [self.truth(part) for part in parts]
-        value = self._folded(op, parts)
-        if value is not None and value.fact is not None and isinstance(value.operand, Literal):
-            return value
-        if op.operator in ("is", "is not") and any(part.operand is None for part in parts):
-            same = parts[0].fact == parts[1].fact
-            return constant(same if op.operator == "is" else not same)
-        plain = op.operator in ("is", "is not", "not", "in", "not in")
-        use = self.specialiser.use
-        result = self.specialiser.builder.fresh(op.result.name)
-        span = self.specialiser.span(op)
-        self.specialiser.emit(
-            ops.Operator(result, op.operator, tuple(use(part) for part in parts), op.in_place, span=span)
-        )
-        if op.in_place:
-            self.specialiser.change(parts[0])
-        else:
-            self.specialiser.fresh.add(result.name)
-        loops = NO_LOOPS.union(*(part.loops for part in parts))
-        live = 0 if plain else max(part.live for part in parts)
-        at_run = any(part.at_run for part in parts)
-        return Abstract(result, None if value is None else value.fact, loops, live, span, at_run)
-
-    def _folded(self, op: ops.Operator, parts: list[Abstract]) -> Abstract | None:
-        """The result of an operator on known numbers and strings; `None` where it is not known, or raises."""
-        facts = [part.fact for part in parts if isinstance(part.fact, Known) and immutable(part.fact.value)]
-        if len(facts) != len(parts):
-            return None
-        table = UNARY if len(parts) == 1 else BINARY
-        if op.operator not in table or not may_apply(op.operator, [fact.value for fact in facts]):
-            return None
-        try:
-            value = table[op.operator](*(fact.value for fact in facts))
-        except Exception:  # the op stays, and raises for the user at its own line when it runs
-            return None
-        if all(fact.text is None for fact in facts):
-            return constant(value)
-        texts = [f"({fact.text})" if fact.text is not None else repr(fact.value) for fact in facts]
-        text = f"{op.operator} {texts[0]}" if len(texts) == 1 else f"{texts[0]} {op.operator} {texts[1]}"
-        return Abstract(None, Known(value, text)) if immutable(value) and len(text) <= TEXT else None
 
     def build(self, op: ops.Build) -> Abstract:
         items: list[Abstract] | None = []

@@ -343,5 +343,12 @@ def constant(value: Any) -> Abstract:
     return Abstract(Literal(value) if isinstance(value, (*SCALARS[:7], type(...))) else None, Known(value))
 
 
+def anchored(value: Any, text: str, parent: Known | None = None) -> Known:
+    """What an expression gives; a Python module is the anchor of what is found in it (`parent`)."""
+    if python_module(value) and (parent is None or parent.anchor is None):
+        return Known(value, text, (text, value))
+    return Known(value, text, None if parent is None else parent.anchor)
+
+
 def python_module(value: object) -> TypeGuard[ModuleType]:
     return isinstance(value, ModuleType)

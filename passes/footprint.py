@@ -36,7 +36,8 @@ from nnsight_compiler.passes.meta_run import Leaving, MetaRun
 from nnsight_compiler.passes.meta_values import Loop, Restart, Size, Source
 from nnsight_compiler.passes.shapes import Extent, Extents, Surroundings
 from nnsight_compiler.passes.sites import forwards
-from nnsight_compiler.passes.stand_ins import UNKNOWN, Method, inside, is_container, parts
+from nnsight_compiler.passes.stand_ins import UNKNOWN, Method, inside, is_container
+from nnsight_compiler.passes.value_sizes import bytes_of_call, bytes_of_operator, held_bytes, listed_bytes, tensor_bytes
 
 ONE_BY_ONE = 64
 """Rounds up to which a loop is run round by round."""
@@ -46,14 +47,9 @@ A_FEW = 3
 """How many rounds of a longer loop are run, to see what each adds."""
 SECONDS_A_ROUND = 20e-9
 """What a round of a loop takes at least: Python's own loop without a body."""
-ENTRY, OBJECT = 8, 32
-"""Bytes of an entry of a list, and of a small object of Python's, such as a number."""
-
 NUMBER = 2**20
 """Bytes of the largest whole number: Python computes with larger ones for minutes, and cannot be interrupted."""
 
-_LISTING = frozenset(words("builtins.list builtins.tuple builtins.set builtins.frozenset builtins.sorted"))
-_FILLING = frozenset(words("builtins.bytes builtins.bytearray"))
 _PADDING = frozenset(words("zfill ljust rjust center"))
 
 What = OneOf["memory", "result", "forwards", "seconds"]
@@ -166,7 +162,7 @@ class _Footprint(MetaRun):
         super().run()
         for _, made in self.memo.values():
             if isinstance(made, (list, dict)) and id(made) in self.given:
-                self.found.result += max(0, self.held_bytes([made]) - self.given[id(made)])
+                self.found.result += max(0, held_bytes([made], self.added) - self.given[id(made)])
 
     def finish(self) -> Footprint:
         total = self.found.total
@@ -186,7 +182,7 @@ class _Footprint(MetaRun):
         made = super().outside(value)
         for each in inside(made):
             if isinstance(each, (list, dict)):
-                self.given.setdefault(id(each), self.held_bytes([each]))
+                self.given.setdefault(id(each), held_bytes([each], self.added))
         return made
 
     # --- bytes ---
@@ -210,37 +206,14 @@ class _Footprint(MetaRun):
                 break
         super().define(value, held)
 
-    def held_bytes(self, values: list[Any]) -> int:
-        """The bytes that these values take where they are written down: what shares memory once, a view by itself."""
-        size, storages, seen = 0, dict[int, tuple[int, int]](), set[int]()
-        waiting = list(values)
-        while waiting:
-            held = waiting.pop()
-            if isinstance(held, torch.Tensor):
-                if id(held) not in seen:
-                    storage = held.untyped_storage()
-                    so_far, _ = storages.get(storage._cdata, (0, 0))
-                    storages[storage._cdata] = so_far + held.numel() * held.itemsize, storage.nbytes()
-            elif isinstance(held, (list, tuple, dict, set)):
-                if id(held) in seen:
-                    continue
-                size += ENTRY * len(held) + self.added.get(id(held), (None, 0))[1]
-                waiting.extend(parts(held))
-            else:
-                size += len(held) if isinstance(held, (str, bytes)) else 0 if held is None else OBJECT
-            seen.add(id(held))
-        return size + sum(min(each) for each in storages.values())
-
     # --- ops ---
 
     def _op(self, op: Op) -> tuple[Leaving, tuple[Any, ...]] | None:
         outer, self.current = self.current, op
         if isinstance(op, ops.Return) and self.counting:
-            self.found.result, self.returns = self.held_bytes([self.raw(op.value)]), op
+            self.found.result, self.returns = held_bytes([self.raw(op.value)], self.added), op
         if isinstance(op, ops.Save):
-            kept = self.value(op.value)
-            if isinstance(kept, torch.Tensor):
-                self.made(kept.numel() * kept.itemsize)
+            self.made(tensor_bytes(self.value(op.value)))
         left = super()._op(op)
         self.current = outer
         return left
@@ -258,14 +231,15 @@ class _Footprint(MetaRun):
     def _operator(self, op: ops.Operator) -> None:
         if len(op.operands) == 2:
             first, second = map(self.value, op.operands)
-            if self.made(*_of_operator(op.operator, first, second)):
+            size, number = bytes_of_operator(op.operator, first, second)
+            if self.made(size, number=number):
                 self.define(op.result, UNKNOWN)
                 return
         super()._operator(op)
 
     def _build(self, op: ops.Build) -> Any:
         starred = [self.value(element.value) for element in op.elements if element.starred]
-        if any(self.made(_listed(each)) for each in starred):
+        if any(self.made(listed_bytes(each)) for each in starred):
             return UNKNOWN
         made = super()._build(op)
         self.hold(made, *(element.value for element in op.elements))
@@ -280,7 +254,7 @@ class _Footprint(MetaRun):
         lost = [held for held in map(self.raw, operands) if id(held) in self.lost and is_container(held)]
         if lost and is_container(container):
             so_far = self.added.get(id(container), (None, 0))[1]
-            self.added[id(container)] = container, so_far + self.held_bytes(lost)
+            self.added[id(container)] = container, so_far + held_bytes(lost, self.added)
 
     def _attribute(self, op: ops.Attribute) -> Any:
         held = None if isinstance(op.object, Module) else self.value(op.object)
@@ -299,7 +273,7 @@ class _Footprint(MetaRun):
     def _known_call(
         self, op: ops.Call, known: KnownCall, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        if self.made(_of_call(known.target, args)):
+        if self.made(bytes_of_call(known.target, args)):
             return UNKNOWN
         if known.behaviour is Behaviour.CONTAINER and isinstance(function, Method):
             self.hold(function.receiver, *(argument.value for argument in op.arguments))
@@ -387,8 +361,8 @@ class _Footprint(MetaRun):
 
     def _seen(self, carried: tuple[Any, ...] | None) -> _Seen:
         alive = [each for each in (*self.values.values(), *self.cells.values()) if isinstance(each, (list, dict))]
-        containers = {id(each): (each, self.held_bytes([each])) for each in alive}
-        return _Seen(containers, dict(self.found.forwards), self.rounds, [_bytes(each) for each in carried or ()])
+        containers = {id(each): (each, held_bytes([each], self.added)) for each in alive}
+        return _Seen(containers, dict(self.found.forwards), self.rounds, [tensor_bytes(each) for each in carried or ()])
 
     def _extend(self, op: ops.For, more: int, before: _Seen, last: _Seen) -> None:
         """Has each of the rounds that are left add what the last one did."""
@@ -413,40 +387,3 @@ class _Footprint(MetaRun):
             yield
         finally:
             self.counting = outer
-
-
-def _bytes(value: Any) -> int:
-    return value.numel() * value.itemsize if isinstance(value, torch.Tensor) else 0
-
-
-def _of_operator(sign: str, first: Any, second: Any) -> tuple[int, None, bool]:
-    """The bytes of what an operator makes of plain values, where these may be many; whether of a whole number."""
-    if sign == "*":
-        for held, times in ((first, second), (second, first)):
-            if isinstance(held, (str, bytes, list, tuple)) and type(times) is int and times > 0:
-                return len(held) * times * (1 if isinstance(held, (str, bytes)) else ENTRY), None, False
-    if type(first) is int and type(second) is int and second > 0:
-        if sign == "**" and abs(first) > 1:
-            return (abs(first).bit_length() - 1) * second // 8, None, True
-        if sign == "<<" and first:
-            return second // 8, None, True
-    return 0, None, False
-
-
-def _of_call(target: str, args: tuple[Any, ...]) -> int:
-    """The same of a known call."""
-    if target in _LISTING and len(args) == 1:
-        return _listed(args[0])
-    if target in _FILLING and len(args) == 1 and type(args[0]) is int:
-        return args[0]
-    return 0
-
-
-def _listed(held: Any) -> int:
-    """The bytes of a list of what an iterable gives."""
-    if not isinstance(held, range):
-        return 0
-    return length_of(held) * (ENTRY + OBJECT)
-
-
-__all__ = ["Bounds", "Excess", "Footprint", "footprint"]

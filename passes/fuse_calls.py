@@ -32,7 +32,7 @@ from nnsight_compiler.ir.traverse import defined, regions, rewrite, used
 from nnsight_compiler.ir.types import Dimension, TensorType, Type
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Value
 from nnsight_compiler.passes.behaviour import Behaviour
-from nnsight_compiler.passes.inline import MODULE_CALL
+from nnsight_compiler.passes.known_calls import MODULE_CALL
 from nnsight_compiler.passes.layout import Layout
 from nnsight_compiler.passes.memory import Memory
 from nnsight_compiler.passes.parts import Modules, Positionwise, Rely

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,19 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import walk
 from nnsight_compiler.ir.values import NONE, Value
-from nnsight_compiler.passes.behaviour import Behaviour, KnownCall, behaviour_of
+from nnsight_compiler.passes.completion import Unreachable
 from nnsight_compiler.passes.facts import (
-    NO_LOOPS,
     Abstract,
     Elements,
     Frame,
     Function,
-    Iteration,
     Known,
     Method,
     constant,
     immutable,
     is_handle,
 )
+from nnsight_compiler.passes.kept_calls import Arguments, keep_call
 from nnsight_compiler.passes.known_calls import known_method
 
 if TYPE_CHECKING:
@@ -34,19 +32,6 @@ if TYPE_CHECKING:
     from nnsight_compiler.passes.interpretation import Interpretation
 
 MAX_DEPTH = 64
-MODULE_CALL = "torch.nn.Module.__call__"
-FUSED_CALL = f"{MODULE_CALL} together"
-Arguments = list[tuple[ops.Argument, Abstract]]
-
-
-class Unreachable(Exception):  # noqa: N818  # control flow, not an error
-    """An inlined helper raises on every path: control does not come back from the call."""
-
-
-def _as_given(function: Abstract, arguments: Arguments) -> list[ops.Argument]:
-    """The arguments of a call as rows of the table of known calls count them: the receiver of a method first."""
-    given = [replace(argument, value=abstract.operand or argument.value) for argument, abstract in arguments]
-    return [ops.Argument(NONE), *given] if isinstance(function.fact, Method) else given
 
 
 class Inlining:
@@ -56,62 +41,6 @@ class Inlining:
         self.specialiser = specialiser
         self.evaluator = evaluator
         self.generated: list[tuple[Value, Elements]] = []
-
-    def _kept(
-        self,
-        op: ops.Call,
-        function: Abstract,
-        arguments: Arguments,
-        target: str | None,
-        known: KnownCall | None = None,
-        fact: Any = None,
-    ) -> Abstract:
-        """The call as an op of the specialised program."""
-        if known is not None:
-            known = behaviour_of(known, _as_given(function, arguments))
-            target = None if known is None else target
-        harmless = known is not None and known.behaviour in (Behaviour.PURE, Behaviour.VIEW, Behaviour.CONTAINER)
-        for _, abstract in arguments:
-            if isinstance(abstract.fact, Elements) and not harmless:
-                abstract.fact.forget()
-            elif isinstance(abstract.fact, Iteration) and not harmless and abstract.operand is not None:
-                abstract.fact = None
-        use = self.specialiser.use
-        callee = use(function)
-        seen = target is None or not target.startswith("torch.")
-        hand = self.specialiser.handed_over if seen else use
-        made = tuple(replace(argument, value=hand(abstract)) for argument, abstract in arguments)
-        result = self.specialiser.builder.fresh(op.result.name)
-        span = self.specialiser.span(op)
-        self.specialiser.emit(ops.Call(result, callee, made, target, span=span))
-        sources = [abstract for _, abstract in arguments]
-        if isinstance(function.fact, Method):
-            sources.append(function.fact.receiver)
-        loops = NO_LOOPS.union(*(source.loops for source in sources)) if sources else NO_LOOPS
-        live = max((source.live for source in sources), default=0)
-        at_run = target in (None, MODULE_CALL) or any(source.at_run for source in sources)
-        self._note_changes(function, arguments, target, known, result)
-        if target is None:
-            live = min(live, 1)
-        elif target == MODULE_CALL and self.specialiser.forward is not None:
-            live = 2
-        return Abstract(result, fact, loops, live, span, at_run)
-
-    def _note_changes(
-        self, function: Abstract, arguments: Arguments, target: str | None, known: KnownCall | None, result: Value
-    ) -> None:
-        """Notes what a call changes of what the program knows."""
-        if target == MODULE_CALL:
-            return
-        if known is None:
-            self.specialiser.disturb()
-            return
-        if known.target.startswith("torch."):
-            self.specialiser.fresh.add(result.name)
-        if known.behaviour in (Behaviour.CONTAINER, Behaviour.MUTATES):
-            receiver = [function.fact.receiver] if isinstance(function.fact, Method) else []
-            for changed in (receiver or [abstract for _, abstract in arguments])[:1]:
-                self.specialiser.change(changed)
 
     def _mentions(self, arguments: Arguments) -> bool:
         """Whether a model or a module of one is among the arguments."""
@@ -154,7 +83,7 @@ class Inlining:
         except ExperimentError:
             if must:
                 raise
-            return self._kept(op, function, arguments, None)
+            return keep_call(self.specialiser, op, function, arguments)
         cells = dict(zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=False))
         same_file = program.span.file == self.specialiser.program.span.file
         override = None if same_file else self.specialiser.span(op)
@@ -177,7 +106,7 @@ class Inlining:
         except CompileError:
             if must or _accesses(program):
                 raise
-            return self._kept(op, function, arguments, None)
+            return keep_call(self.specialiser, op, function, arguments)
 
     def _receiver(self, function: Abstract, value: MethodType) -> Abstract:
         if isinstance(function.fact, Method):
@@ -191,10 +120,10 @@ class Inlining:
         unusable = self._mentions(arguments) or any(abstract.operand is None for _, abstract in arguments)
         if fact.closure.generator:
             if not touches and not unusable:
-                return self._kept(op, function, arguments, None)
+                return keep_call(self.specialiser, op, function, arguments)
             return self._generated(op, fact, arguments)
         if not touches and not unusable and self.specialiser.forward is None:
-            return self._kept(op, function, arguments, None)
+            return keep_call(self.specialiser, op, function, arguments)
         parameters = fact.closure.parameters
         optional = [parameter for parameter in parameters if parameter.optional]
         values = dict(zip((p.value for p in optional), fact.closure.defaults, strict=True))
@@ -209,7 +138,7 @@ class Inlining:
         except CompileError:
             if touches or unusable:
                 raise
-            return self._kept(op, function, arguments, None)
+            return keep_call(self.specialiser, op, function, arguments)
 
     def _generated(self, op: ops.Call, fact: Function, arguments: Arguments) -> Abstract:
         """A generator expression over the model: evaluated at once, into a list."""

@@ -6,18 +6,16 @@ What control flow does to it is in `control_flow`, expressions are in `evaluate`
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import CellType, FunctionType
 from typing import Any, NoReturn
-from typing import Literal as OneOf
 
 import torch
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.builder import Builder
-from nnsight_compiler.ir.errors import CompileError, Diagnostic, ModelError
+from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
@@ -26,13 +24,13 @@ from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, U
 from nnsight_compiler.passes import editing
 from nnsight_compiler.passes.bounded import MAX_SIZE, MAX_WORK
 from nnsight_compiler.passes.changes import Changes
+from nnsight_compiler.passes.completion import END, AccessInClosure, Completion, Unreachable
 from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.evaluate import Evaluator
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
     Elements,
-    Fact,
     Frame,
     Guards,
     Known,
@@ -42,54 +40,8 @@ from nnsight_compiler.passes.facts import (
     immutable,
     size_of,
 )
-from nnsight_compiler.passes.inline import Unreachable
 from nnsight_compiler.passes.rows import Part
-from nnsight_compiler.passes.sites import Order
-from nnsight_compiler.passes.streams import Streams, no_streams
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What a program is specialised to: one call.
-
-    arguments: the value of each parameter, by name; a parameter that is not bound is missing.
-    lower: gives the IR of a helper function.
-    save: the function that users import as `save`.
-    unbound: what an empty cell holds.
-    streams: says at which site a value of a block's residual stream stands.
-    order: in which order a wrapped model runs its modules on these inputs (`None`: not known before the run).
-    function: makes a Python function of a program that runs no model, as `runtime.functions.generate_function` does.
-    """
-
-    arguments: Mapping[str, Any]
-    globals: Mapping[str, Any]
-    closure: Mapping[str, CellType]
-    lower: Callable[[FunctionType], Program]
-    save: Callable[..., Any]
-    unbound: object = None
-    streams: Streams = no_streams
-    order: Callable[[Any, Inputs | None], Order] | None = None
-    function: Callable[..., FunctionType] | None = None
-
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""The positional and the keyword arguments of a forward."""
-
-
-class AccessInClosure(Exception):  # noqa: N818  # control flow, not an error
-    """A closure that touches the model cannot stay a function; it is inlined where it is called."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """How a region ended. `never`: control does not come out of it, and the terminator has been emitted."""
-
-    kind: OneOf["end", "yield", "break", "continue", "return", "never"]
-    values: tuple[Abstract, ...] = ()
-    span: Span | None = None
-
-
-END = Completion("end")
+from nnsight_compiler.passes.subject import Inputs, Subject
 
 
 @dataclass(slots=True)
@@ -117,7 +69,7 @@ class Forwarding:
     brings: bool = True
     invoke: ops.Invoke | None = None
     rows: Value | None = None
-    invokes: list[tuple[ops.Invoke, tuple[tuple[Any, ...], dict[str, Any]] | None]] = field(default_factory=list)
+    invokes: list[tuple[ops.Invoke, Inputs | None]] = field(default_factory=list)
     changes: Changes = field(default_factory=Changes)
     steps: Op | None = None
     nexts: dict[str, int] = field(default_factory=dict)
@@ -137,7 +89,7 @@ class Interpretation:
         self.forward: Forwarding | None = None
         self.session: Span | None = None
         self.observed: dict[str, Abstract] = {}
-        self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]] | None] = {}
+        self.inputs: dict[str, Inputs | None] = {}
         self.models: dict[str, Any] = {}
         self.invoked: dict[str, tuple[str, ...]] = {}
         self.parts: dict[str, Part] = {}
@@ -361,64 +313,6 @@ class Interpretation:
             )
         return Module(forward.module.model, module.handle._path), call, forward.rows
 
-    def count_calls(self, module: SiteModule, span: Span) -> int:
-        """How often the forward that is running here calls a module, guarded on the sizes of what it is given."""
-        forward = self.access(span)
-        if module.handle._root is not forward.module.handle._root:
-            self.site(Abstract(None, module), span)  # refuses it
-        if self.subject.order is None:
-            self.fail(span, "how often a module is called is not known here", "name its calls one by one")
-        inputs = self.inputs[forward.result.name]
-        if inputs is None and forward.invokes:  # those that follow bring more rows, and call no module more often
-            inputs = self._brought(forward)
-        brought = () if forward.invoke is None else forward.invoke.arguments
-        for argument in (*forward.op.arguments, *brought):
-            self.rely_on_sizes(self.abstract(argument.value).fact)
-        order = self.subject.order(forward.module.handle, inputs)
-        if order.why_not(module.handle._path) is not None:
-            self.fail(
-                span,
-                "how often a module is called is seen by running the model once, and no input is known for it here",
-                "give the model's input as an argument of the experiment, or name the calls one by one",
-                ((forward.span, "the forward"),),
-            )
-        count = order.count(module.handle._path)
-        if not count:
-            self.fail(
-                span,
-                f"`{module.handle._path or 'the model'}` is never called in this forward",
-                "its values do not exist there; address a module that runs, such as one around it or inside it",
-            )
-        return count
-
-    def _brought(self, forward: Forwarding) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The inputs of a forward by the invokes that came so far, as an example; `None` where they are not known."""
-        handle, options = forward.module.handle, self.evaluate.calls.known_arguments(forward.op.arguments)
-        given = [each for _, each in forward.invokes if each is not None and not handle._is_untold(*each)]
-        if not given or options is None:
-            return None
-        try:
-            batch = handle._batch(given, options[1])
-        except ModelError as error:
-            self.fail(forward.span, str(error))
-        return batch.args, batch.kwargs
-
-    def rely_on_sizes(self, fact: Fact) -> None:
-        """Guards on the shapes of the tensors that a forward is given: how often its modules run may depend on them."""
-        match fact:
-            case Known(value=torch.Tensor() as held, text=str() as text):
-                self.guards.add(f"tuple({text}.shape)", "value", tuple(held.shape))
-            case Known(value=list() | tuple() as held, text=str() as text) if not immutable(held):
-                self.guards.add(text, "length", len(held))
-                for number, each in enumerate(held):
-                    self.rely_on_sizes(Known(each, f"{text}[{number}]"))
-            case Known(value=dict() as held, text=str() as text):
-                for name, each in held.items():
-                    self.rely_on_sizes(Known(each, f"{text}[{name!r}]"))
-            case Elements(items=list() as items):
-                for item in items:
-                    self.rely_on_sizes(item.fact)
-
     # --- what the program changes ---
 
     def disturb(self) -> None:
@@ -455,7 +349,7 @@ class Interpretation:
             found.anything |= id(loop) in self.decisions.changes
             raise Undecided(changes={id(loop): found})
 
-    # --- regions and cells ---
+    # --- regions ---
 
     def region(self, region: Region) -> Completion:
         """Interprets the ops of a region in place."""
@@ -500,43 +394,3 @@ class Interpretation:
 
     def bind(self, values: tuple[Value, ...], held: tuple[Abstract, ...]) -> None:
         self.scope.update(zip(values, held, strict=True))
-
-    def cell(self, op: ops.Cell | ops.Load | ops.Store) -> None:
-        """Variables in boxes. What a box holds is followed only where a module is put into it and never replaced."""
-        match op:
-            case ops.Cell():
-                initial = self.abstract(op.initial)
-                box = Elements("list", [initial])
-                self.keep_with_unknown(op, initial)
-                self.scope[op.result].fact = box
-            case ops.Store():
-                held = self.abstract(op.cell)
-                value = self.abstract(op.value)
-                self.keep_with_unknown(op, value)
-                if isinstance(held.fact, Elements) and held.fact.items is not None:
-                    held.fact.items = [value]
-                self.change(held)
-            case ops.Load():
-                held = self.abstract(op.cell)
-                if isinstance(held.fact, Elements) and held.fact.items is not None:
-                    (value,) = held.fact.items
-                    if not isinstance(value.operand, Unbound):
-                        self.scope[op.result] = value
-                        return
-                kept = self.keep(op)
-                assert kept is not None
-                match held.fact:
-                    case Elements():
-                        kept.loops |= held.fact.loops
-                    case Known(value=box, text=text) if self.relies_on(box):
-                        if box.value is not self.subject.unbound:
-                            kept.fact = Known(box.value, f"{text}.value")
-                    case Known():
-                        kept.at_run = True
-
-    def keep_with_unknown(self, op: ops.Cell | ops.Store, value: Abstract) -> None:
-        """Keeps an op that stores a value; a module or a function that touches the model leaves the box empty."""
-        if value.operand is not None or isinstance(value.fact, Elements):
-            self.keep(op)
-        elif isinstance(op, ops.Cell):
-            self.keep(replace(op, initial=Unbound()))

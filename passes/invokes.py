@@ -20,9 +20,11 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import ModelError
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.traverse import rewrite
+from nnsight_compiler.passes.completion import AccessInClosure, Completion
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import Abstract, Elements, Known, Tracer, immutable
-from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Forwarding
+from nnsight_compiler.passes.interpretation import Forwarding
+from nnsight_compiler.passes.subject import Inputs
 
 if TYPE_CHECKING:
     from nnsight_compiler.passes.control_flow import ControlFlow
@@ -157,12 +159,9 @@ def _is_input(name: Any, value: Any) -> bool:
     return name != "grad" and not (immutable(value) and not isinstance(value, (str, tuple)))
 
 
-def first_inputs(
-    interpretation: ControlFlow, handle: Any, op: ops.Forward
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def first_inputs(interpretation: ControlFlow, handle: Any, op: ops.Forward) -> Inputs | None:
     """What a forward is given, where that is known; of a generation, what its first step is given."""
-    known = interpretation.evaluate.calls.known_arguments(op.arguments)
-    given: tuple[tuple[Any, ...], dict[str, Any]] | None = known
+    given = interpretation.evaluate.calls.known_arguments(op.arguments)
     return handle._first_step(given) if op.method == "generate" else given
 
 

@@ -11,6 +11,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.values import Literal, Module, Slice, Value
 from nnsight_compiler.passes import caching
 from nnsight_compiler.passes.bounded import MAX_ROUNDS, TEXT, has_length, length_of
+from nnsight_compiler.passes.call_counts import count_calls
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
@@ -266,7 +267,7 @@ class Items(StepRanges):
     def each_call(self, module: SiteModule, span: Span) -> list[Abstract]:
         """The calls of a module in the forward that is running here. They are counted from the end, so that a run in
         which it is called more often, or less, is noticed."""
-        count = self.specialiser.count_calls(module, span)
+        count = count_calls(self.specialiser, module, span)
         return [Abstract(None, SiteCalls(module, number - count), span=span) for number in range(count)]
 
     # --- iteration ---

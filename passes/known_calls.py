@@ -23,7 +23,9 @@ __all__ = [
     "ALL",
     "CHANGES_MODULES",
     "EVERY",
+    "FUSED_CALL",
     "METHODS",
+    "MODULE_CALL",
     "Behaviour",
     "KnownCall",
     "Place",
@@ -44,6 +46,12 @@ CHANGES_MODULES = frozenset(
     for name in words("to cpu cuda xpu float double half bfloat16 type requires_grad_ share_memory_")
 )
 """Methods which a tensor and an `nn.Module` both have, and by which a module changes itself."""
+
+MODULE_CALL = "torch.nn.Module.__call__"
+"""The target of a call of a module: of the user's own, or of one of the model's, out of its forward."""
+
+FUSED_CALL = f"{MODULE_CALL} together"
+"""The target of several such calls of one module as one, on the stack of what each is given."""
 
 
 @final

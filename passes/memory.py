@@ -63,6 +63,7 @@ class Memory:
         self.program = program
         self.origins = Origins(program)
         self._points_to = PointsTo(program, self.origins, copies)
+        self._holdings = self._points_to.holdings
         self._effects: dict[tuple[int, bool], Roots] = {}
         self._open: set[int] = set()
         self._sets = any(isinstance(op, ops.Call) and self._is_setter(op) for op in program.walk())
@@ -122,10 +123,10 @@ class Memory:
 
     def entered(self, root: Root) -> bool:
         """Whether the storage may be given to the model: as an input, or in the place of a site's value."""
-        if any(root in given for given in self._points_to.given.values()):
+        if any(root in given for given in self._holdings.given.values()):
             return True
-        holders = [holder for holder in self._points_to.held if isinstance(holder, tuple) or holder == "gradient"]
-        return any(root in self._points_to.reach(self._points_to.held[holder]) for holder in holders)
+        holders = [holder for holder in self._holdings.held if isinstance(holder, tuple) or holder == "gradient"]
+        return any(root in self._holdings.reach(self._holdings.held[holder]) for holder in holders)
 
     def escaped(self, operand: Operand) -> bool:
         """Whether the value was put into a container, an object, a closure or a cell, or given to a host call."""
@@ -133,11 +134,11 @@ class Memory:
 
     def is_held(self, root: Root) -> bool:
         """Whether a container, an object, a closure, a cell or host code may hold the storage."""
-        return any(root in held for held in self._points_to.held.values())
+        return any(root in held for held in self._holdings.held.values())
 
     def is_kept(self, root: Root) -> bool:
         """Whether anything but the model may hold the storage."""
-        return any(root in held for holder, held in self._points_to.held.items() if not isinstance(holder, tuple))
+        return any(root in held for holder, held in self._holdings.held.items() if not isinstance(holder, tuple))
 
     def calls_closures(self, op: Op) -> bool:
         """Whether the op may run a closure of the program's."""
@@ -162,7 +163,7 @@ class Memory:
     def _same_inside(self, forward: str, root: Outside | Weight) -> bool:
         if isinstance(root, Weight) and root.model == self._points_to.models.get(forward):
             return True
-        return root in self._points_to.given.get(forward, ())
+        return root in self._holdings.given.get(forward, ())
 
     def _effect(self, op: Op, *, writes: bool) -> Roots:
         found = self._effects.get((id(op), writes))
@@ -191,10 +192,10 @@ class Memory:
             case ops.Read():
                 return self._points_to.sites(op)
             case ops.Load(cell=base) | ops.Attribute(object=base) | ops.Item(object=base):
-                return self._points_to.spread(self.roots(base))
+                return self._holdings.spread(self.roots(base))
             case ops.Build(elements=elements):
                 starred = [self.roots(element.value) for element in elements if element.starred]
-                return self._points_to.spread(NOTHING.union(*starred))
+                return self._holdings.spread(NOTHING.union(*starred))
             case ops.Cell() | ops.Store() | ops.SetGlobal() | ops.Closure() | ops.Stage() | ops.Bound() | ops.Import():
                 return NOTHING
             case ops.Yield() | ops.Continue() | ops.Break() | ops.Emit() | ops.Captured():
@@ -208,7 +209,7 @@ class Memory:
                 arguments = NOTHING.union(*(self.reachable(argument.value) for argument in self.origins.arguments(op)))
                 if known is not None and known.behaviour is Behaviour.CONTAINER:
                     receiver = [self.roots(part.value) for part in self.origins.at(op, known.mutates)]
-                    return self._points_to.spread(NOTHING.union(*receiver, *map(self._iterated, op.arguments)))
+                    return self._holdings.spread(NOTHING.union(*receiver, *map(self._iterated, op.arguments)))
                 if known is None and not isinstance(op.function, Module):
                     return arguments | self._anything(op)
                 return arguments | self.roots(op.function) if isinstance(op.function, Module) else arguments
@@ -225,9 +226,9 @@ class Memory:
             case ops.Cell(result=cell) | ops.Store(cell=cell):
                 return self.roots(cell)
             case ops.SetAttribute(object=base) | ops.SetItem(object=base) | ops.Delete(object=base):
-                return self._points_to.spread(self.roots(base))
+                return self._holdings.spread(self.roots(base))
             case ops.Operator(operands=parts, in_place=True):
-                return self._points_to.spread(self.roots(parts[0]))
+                return self._holdings.spread(self.roots(parts[0]))
             case ops.Write() | ops.Skip():
                 return self._points_to.sites(op)
             case ops.Cache(result=made):
@@ -239,18 +240,18 @@ class Memory:
             case ops.Backward():
                 return frozenset({ANYTHING, Gradient("")})
             case ops.For(iterable=iterable):
-                return self._points_to.reach(self.roots(iterable)) & self.origins.iterators
+                return self._holdings.reach(self.roots(iterable)) & self.origins.iterators
             case ops.Unpack(value=value):
-                return self._points_to.reach(self.roots(value)) & self.origins.iterators
+                return self._holdings.reach(self.roots(value)) & self.origins.iterators
             case ops.Build(elements=elements):
                 starred = [self.roots(element.value) for element in elements if element.starred]
-                return self._points_to.reach(NOTHING.union(*starred)) & self.origins.iterators
+                return self._holdings.reach(NOTHING.union(*starred)) & self.origins.iterators
             case ops.Operator(operator="in" | "not in", operands=parts):
-                return self._points_to.reach(self.roots(parts[-1])) & self.origins.iterators
+                return self._holdings.reach(self.roots(parts[-1])) & self.origins.iterators
             case ops.With(context=context):
                 definition = self.origins.definition(context)
                 known = isinstance(definition, ops.Call) and self.origins.known(definition) is not None
-                return NOTHING if known else frozenset({ANYTHING}) | self._points_to.reach(self.roots(context))
+                return NOTHING if known else frozenset({ANYTHING}) | self._holdings.reach(self.roots(context))
             case ops.Call():
                 return self._call_writes(op)
             case _:
@@ -262,7 +263,7 @@ class Memory:
 
     def _call_writes(self, op: ops.Call) -> Roots:
         known = self.origins.known(op)
-        arguments = NOTHING.union(*(self._points_to.reach(self.roots(argument.value)) for argument in op.arguments))
+        arguments = NOTHING.union(*(self._holdings.reach(self.roots(argument.value)) for argument in op.arguments))
         consumed = arguments & self.origins.iterators
         if isinstance(op.function, Module):
             return consumed
@@ -272,8 +273,8 @@ class Memory:
             return frozenset({SETTINGS})
         changed = list(self.origins.at(op, known.mutates))
         if known.behaviour is Behaviour.CONTAINER:
-            return self._points_to.spread(consumed.union(*(self.roots(part.value) for part in changed)))
-        return self._points_to.spread(consumed.union(*(self.reachable(part.value) for part in changed)))
+            return self._holdings.spread(consumed.union(*(self.roots(part.value) for part in changed)))
+        return self._holdings.spread(consumed.union(*(self.reachable(part.value) for part in changed)))
 
     def _anything(self, op: ops.Call) -> Roots:
         """What a host call may look at and change; a call of the program's own closure does what its body does."""
@@ -281,7 +282,7 @@ class Memory:
         if roots and roots <= self.origins.closures.keys():
             return NOTHING
         outside: Roots = frozenset({ANYTHING, ANY_NAME})
-        return self._points_to.spread(self._points_to.reach(outside.union(*map(self.roots, operands(op)))))
+        return self._holdings.spread(self._holdings.reach(outside.union(*map(self.roots, operands(op)))))
 
 
 class _Latest(threading.local):

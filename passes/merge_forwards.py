@@ -48,7 +48,7 @@ from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import defined, regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Value
-from nnsight_compiler.passes.inline import FUSED_CALL
+from nnsight_compiler.passes.known_calls import FUSED_CALL
 from nnsight_compiler.passes.memory import Fresh, Memory, Root, Roots
 from nnsight_compiler.passes.remarks import Remarks
 from nnsight_compiler.passes.sink import Sinking, common, postponed, shows, used_within, waits, writes_of

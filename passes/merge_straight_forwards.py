@@ -37,7 +37,7 @@ from nnsight_compiler.ir.jumps import jumps
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import definitions, regions, rewrite, walk
-from nnsight_compiler.passes.inline import FUSED_CALL
+from nnsight_compiler.passes.known_calls import FUSED_CALL
 from nnsight_compiler.passes.memory import Fresh, Memory, Root
 from nnsight_compiler.passes.remarks import Remarks
 from nnsight_compiler.passes.side_by_side import Schedule

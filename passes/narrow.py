@@ -36,7 +36,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.ir.types import TensorType, Type
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Value, values_in
-from nnsight_compiler.passes.inline import MODULE_CALL
+from nnsight_compiler.passes.known_calls import MODULE_CALL
 from nnsight_compiler.passes.layout import Layout
 from nnsight_compiler.passes.memory import Fresh, Memory, Roots, Site
 from nnsight_compiler.passes.parts import Instead, Link, Modules, Positionwise, Rely, Wide

@@ -18,8 +18,8 @@ from nnsight_compiler.ir.values import Literal, Tuple, Value
 from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Known, SiteModule
 
 if TYPE_CHECKING:
-    from nnsight_compiler.passes.inline import Arguments
     from nnsight_compiler.passes.interpretation import Interpretation
+    from nnsight_compiler.passes.kept_calls import Arguments
 
 
 def is_observed(specialiser: Interpretation, arguments: Arguments, span: Span) -> bool:

@@ -15,9 +15,9 @@ from nnsight_compiler.ir.traverse import defined, regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.entries import Entry
+from nnsight_compiler.passes.in_place_writes import in_place, targets
 from nnsight_compiler.passes.memory import Fresh, Root
 from nnsight_compiler.passes.schedule import Schedule
-from nnsight_compiler.passes.sites import in_place, targets
 
 
 class Outliving(Schedule):

@@ -13,7 +13,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import rewrite
 from nnsight_compiler.ir.types import ANY, Dimension, TensorType, Type
 from nnsight_compiler.ir.values import Module, Operand, Value, map_operand
-from nnsight_compiler.passes.inline import MODULE_CALL
+from nnsight_compiler.passes.known_calls import MODULE_CALL
 from nnsight_compiler.passes.selections import Selection
 
 

@@ -37,11 +37,7 @@ from nnsight_compiler.passes.entries import BEFORE, Entry, Frame
 from nnsight_compiler.passes.memory import Memory
 from nnsight_compiler.passes.outliving import Outliving
 from nnsight_compiler.passes.pauses import pausing
-from nnsight_compiler.passes.sites import (
-    RESULT,
-    Orders,
-    forwards,
-)
+from nnsight_compiler.passes.sites import RESULT, Orders, forwards
 
 ENTERED_AGAIN = frozenset(
     f"torch.{name}" for name in ("no_grad", "enable_grad", "inference_mode", "autocast", "amp.autocast")

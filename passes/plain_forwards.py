@@ -15,8 +15,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import regions, used, walk
 from nnsight_compiler.ir.values import Module, Operand, Value
 from nnsight_compiler.passes.behaviour import Behaviour
-from nnsight_compiler.passes.inline import MODULE_CALL
-from nnsight_compiler.passes.known_calls import CHANGES_MODULES
+from nnsight_compiler.passes.known_calls import CHANGES_MODULES, MODULE_CALL
 from nnsight_compiler.passes.memory import Memory, Root, Site, Weight
 from nnsight_compiler.passes.roots import Roots, is_outside
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar, assert_never, cast, final
+from typing import assert_never, cast, final
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import AnyOp, Op, Region
@@ -12,6 +12,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.traverse import operands, regions
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour, KnownCall, words
+from nnsight_compiler.passes.holdings import Holdings
 from nnsight_compiler.passes.origins import Origins, is_tensor_index
 from nnsight_compiler.passes.roots import (
     ANY_NAME,
@@ -31,8 +32,6 @@ from nnsight_compiler.passes.roots import (
 PLAIN = frozenset(words("shape ndim dtype device layout itemsize nbytes requires_grad is_leaf is_cuda __name__"))
 """Attributes whose value has no storage."""
 
-_Key = TypeVar("_Key", bound=Hashable)
-
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -49,18 +48,14 @@ class _Place:
 class PointsTo:
     """The fixpoint for one program.
 
-    held: what the roots with one holder hold; for a forward, also what any of its sites may be.
-    given: what came into a forward from outside, by forward: told apart from `held`, lest every argument alias it.
+    holdings: what the storages hold.
     models: the name of the model that each forward runs.
     """
 
     def __init__(self, program: Program, origins: Origins, copies: bool) -> None:
         self.origins = origins
         self.copies = copies
-        self.held: dict[Hashable, set[Root]] = {}
-        self._closures: dict[Hashable, set[Root]] = {}
-        self._followers: dict[Hashable, set[Hashable]] = {}
-        self.given: dict[str, set[Root]] = {}
+        self.holdings = Holdings()
         self.models: dict[str, str] = {}
         self._roots: dict[str, set[Root]] = {}
         self._returned: dict[Root, set[Root]] = {}
@@ -70,8 +65,8 @@ class PointsTo:
         self._changed = True
         for parameter in program.parameters:
             self._roots[parameter.value.name] = {Outside(parameter.value.name)}
-        while self._changed:
-            self._changed = False
+        while self._changed or self.holdings.grown:
+            self._changed = self.holdings.grown = False
             self._block(program.body, _Place())
 
     def roots(self, operand: Operand) -> Roots:
@@ -91,8 +86,8 @@ class PointsTo:
     def reachable(self, operand: Operand) -> Roots:
         """The operand's roots and, for what may be a container or an object, all that they hold."""
         if self.origins.is_tensor(operand):
-            return self.spread(self.roots(operand))
-        return self.reach(self.roots(operand))
+            return self.holdings.spread(self.roots(operand))
+        return self.holdings.reach(self.roots(operand))
 
     def named(self, operand: Operand) -> Roots:
         """What is reachable without asking what a site may be besides itself."""
@@ -103,19 +98,20 @@ class PointsTo:
             if root not in found:
                 found.add(root)
                 if not isinstance(root, (Site, Gradient)) and not self.origins.is_tensor(operand):
-                    waiting.extend(self.held.get(holder_of(root), ()))
+                    waiting.extend(self.holdings.held.get(holder_of(root), ()))
         return frozenset(found)
 
     def _add(self, value: Value, roots: Iterable[Root]) -> None:
-        self._grow(self._roots, value.name, roots)
+        found = self._roots.setdefault(value.name, set())
+        before = len(found)
+        found.update(roots)
+        self._changed |= len(found) > before
 
-    def _hold(self, holders: Iterable[Root], held: Iterable[Root]) -> None:
-        held = set(held)
-        for root in holders:
-            if isinstance(root, Site):
-                self._enter(root.forward, held)
-            else:
-                self._grow(self.held, holder_of(root), held)
+    def _returns(self, closure: str, value: Operand) -> None:
+        found = self._returned.setdefault(Fresh(closure), set())
+        before = len(found)
+        found |= self.roots(value)
+        self._changed |= len(found) > before
 
     def _put(self, holders: Iterable[Root], held: Iterable[Root]) -> None:
         """Values that the program puts into a container, an object or a name."""
@@ -123,68 +119,16 @@ class PointsTo:
         to_sites = any(isinstance(root, Site) for root in holders)
         if self.copies and not to_sites and any(is_outside(root) for root in holders):
             held = {root for root in held if not isinstance(root, Site)}
-        self._hold(holders, held)
-
-    def _enter(self, forward: str, roots: Iterable[Root]) -> None:
-        """Values that the model was given: any site after them may be one of them."""
-        roots = set(roots)
-        outside = {root for root in roots if is_outside(root)}
-        self._grow(self.given, forward, outside)
-        self._grow(self.held, ("site", forward), roots - outside)
-
-    def _grow(self, table: dict[_Key, set[Root]], key: _Key, roots: Iterable[Root]) -> None:
-        into = table.setdefault(key, set())
-        new = set(roots) - into
-        if not new:
-            return
-        into |= new
-        self._changed = True
-        if table is self.held:
-            for follower in tuple(self._followers.get(key, ())):
-                self._extend(follower, new)
-
-    def reach(self, roots: Iterable[Root]) -> Roots:
-        """These roots and all that they hold, however deep."""
-        roots = frozenset(roots)
-        return roots.union(*(self._contents(holder) for holder in {holder_of(root) for root in roots}))
-
-    def _contents(self, holder: Hashable) -> set[Root]:
-        """All that the roots of a holder hold, however deep. Kept, and extended as anything on the way holds more."""
-        if holder not in self._closures:
-            self._closures[holder] = set()
-            self._followers.setdefault(holder, set()).add(holder)
-            self._extend(holder, self.held.get(holder, ()))
-        return self._closures[holder]
-
-    def _extend(self, holder: Hashable, roots: Iterable[Root]) -> None:
-        contents, waiting = self._closures[holder], list(roots)
-        while waiting:
-            root = waiting.pop()
-            if root not in contents:
-                contents.add(root)
-                inner = holder_of(root)
-                self._followers.setdefault(inner, set()).add(holder)
-                waiting.extend(self.held.get(inner, ()))
-
-    def spread(self, roots: Iterable[Root]) -> Roots:
-        """The roots, and those that the sites among them may be besides."""
-        found: set[Root] = set()
-        waiting = list(roots)
-        while waiting:
-            root = waiting.pop()
-            if root not in found:
-                found.add(root)
-                if isinstance(root, (Site, Gradient)):
-                    waiting.extend(self.held.get(holder_of(root), ()))
-        return frozenset(found)
+        self.holdings.hold(holders, held)
 
     def parts(self, operand: Operand) -> set[Root]:
         """The roots of an item, an attribute, a view or an element of the operand."""
         found = set(self.roots(operand))
         if not self.origins.is_tensor(operand):
+            held = self.holdings.held
             for root in tuple(found):
                 if not isinstance(root, Site):
-                    found |= self.held.get(holder_of(root), set())
+                    found |= held.get(holder_of(root), NOTHING)
         return found
 
     def called(self, op: Op) -> set[Root]:
@@ -241,17 +185,17 @@ class PointsTo:
             case ops.At(body=body) | ops.AtGradient(body=body) | ops.Applied(body=body):
                 self._block(body, place)
             case ops.Global(result=result, name=name, scope=scope):
-                self._add(result, {Outside(f"{scope} {name}"), *self.held.get(ANY_NAME, ())})
+                self._add(result, {Outside(f"{scope} {name}"), *self.holdings.of(ANY_NAME)})
             case ops.SetGlobal(value=value):
                 self._put({ANY_NAME, ANYTHING}, self.roots(value))
             case ops.Cell(result=result, initial=initial):
                 self._add(result, {Fresh(result.name)})
-                self._hold({Fresh(result.name)}, self.roots(initial))
+                self.holdings.hold({Fresh(result.name)}, self.roots(initial))
             case ops.Load(result=result, cell=cell):
                 for root in self.roots(cell):
-                    self._add(result, self.held.get(holder_of(root), ()))
+                    self._add(result, self.holdings.of(root))
             case ops.Store(cell=cell, value=value):
-                self._hold(self.roots(cell), self.roots(value))
+                self.holdings.hold(self.roots(cell), self.roots(value))
             case ops.Bound(result=result, value=value):
                 self._add(result, self.roots(value))
             case ops.Import(result=result):
@@ -267,20 +211,20 @@ class PointsTo:
                 self._add(result, {Fresh(result.name)})
                 for element in elements:
                     inside = self.parts(element.value) if element.starred else self.roots(element.value)
-                    self._hold({Fresh(result.name)}, inside)
+                    self.holdings.hold({Fresh(result.name)}, inside)
             case ops.Unpack(results=results, value=value):
                 for result in results:
                     self._add(result, self.parts(value))
                 if op.star >= 0:
                     self._add(results[op.star], {Fresh(results[op.star].name)})
-                    self._hold({Fresh(results[op.star].name)}, self.parts(value))
+                    self.holdings.hold({Fresh(results[op.star].name)}, self.parts(value))
             case ops.Closure(result=result, defaults=defaults, body=body):
                 own = {Fresh(result.name)}
                 self._add(result, own)
                 optional = [parameter.value for parameter in op.parameters if parameter.optional]
                 for parameter, default in zip(optional, defaults, strict=False):
                     self._add(parameter, self.roots(default))
-                self._hold(own, NOTHING.union(*map(self.roots, _captured(body))))
+                self.holdings.hold(own, NOTHING.union(*map(self.roots, _captured(body))))
                 self._block(body, _Place(place.forward, result.name))
             case ops.Stage(result=result):
                 self._add(result, {Outside(result.name)})
@@ -319,15 +263,15 @@ class PointsTo:
             case ops.Break(values=values):
                 self._assign(place.breaks, values)
             case ops.Emit(value=value):
-                self._grow(self._returned, Fresh(place.closure), self.roots(value))
+                self._returns(place.closure, value)
             case ops.Return(value=value):
                 if place.closure:
-                    self._grow(self._returned, Fresh(place.closure), self.roots(value))
+                    self._returns(place.closure, value)
             case ops.Forward(result=result, model=model, arguments=arguments, body=body):
                 self._add(result, {Fresh(result.name)})
                 self.models[result.name] = next((value.name for value in values_in(model)), "")
                 for argument in () if self.copies else arguments:
-                    self._enter(result.name, self.reachable(argument.value))
+                    self.holdings.enter(result.name, self.reachable(argument.value))
                 self._block(body, replace(place, forward=result.name))
             case ops.Session(result=result, body=body):
                 self._add(result, {Fresh(result.name)})
@@ -340,7 +284,7 @@ class PointsTo:
             case ops.Steps(body=body):
                 self._block(body, replace(place, yields=()))
             case ops.Write(value=value) | ops.Skip(value=value):
-                self._enter(place.forward, self.reachable(value))
+                self.holdings.enter(place.forward, self.reachable(value))
             case ops.Save(result=result, value=value, copy=copy):
                 self._save(result, value, copy)
             case ops.Backward(body=body):
@@ -348,7 +292,7 @@ class PointsTo:
             case ops.Grad(result=result, value=value):
                 self._add(result, {Gradient(result.name)})
             case ops.SetGrad(gradient=gradient):
-                self._hold({Gradient("")}, self.reachable(gradient))
+                self.holdings.hold({Gradient("")}, self.reachable(gradient))
             case ops.Gradients(result=result):
                 self._add(result, {Fresh(result.name)})
             case ops.Edit(results=results):
@@ -380,9 +324,9 @@ class PointsTo:
             self._add(op.result, given[0])
         if not self.origins.makes_tensor(op):
             inside = set().union(*map(self.parts, op.operands))
-            self._hold(own, inside)
+            self.holdings.hold(own, inside)
             if op.in_place:
-                self._hold({root for root in given[0] if not isinstance(root, Site)}, inside)
+                self.holdings.hold({root for root in given[0] if not isinstance(root, Site)}, inside)
 
     def _call(self, op: ops.Call) -> None:
         known = self.origins.known(op)
@@ -401,7 +345,7 @@ class PointsTo:
                 if known is None and root not in self.roots(op.function):
                     self._add(parameter.value, {ANYTHING})
             self._add(op.result, self._returned.get(root, ()))
-            self._hold(own, self._returned.get(root, ()))
+            self.holdings.hold(own, self._returned.get(root, ()))
         if isinstance(op.function, Module):
             self._add(op.result, own | self.roots(op.function))
             for argument in op.arguments:
@@ -411,9 +355,9 @@ class PointsTo:
         elif called and called == {root for root in self.roots(op.function)}:
             self._add(op.result, own)
         else:
-            reached = NOTHING.union(*(self.reach(roots) for _, roots in given))
-            self._hold({ANYTHING, ANY_NAME}, reached)
-            self._add(op.result, {Outside(op.result.name), *reached, *self.held.get("outside", ())})
+            reached = NOTHING.union(*(self.holdings.reach(roots) for _, roots in given))
+            self.holdings.hold({ANYTHING, ANY_NAME}, reached)
+            self._add(op.result, {Outside(op.result.name), *reached, *self.holdings.of(ANYTHING)})
 
     def _known_call(self, op: ops.Call, known: KnownCall) -> None:
         own = {Fresh(op.result.name)}
@@ -423,7 +367,7 @@ class PointsTo:
             parts = self.parts(argument.value)
             self._add(op.result, parts)
             if not known.leaf:
-                self._hold(own, parts)
+                self.holdings.hold(own, parts)
         if known.behaviour is Behaviour.CONTAINER:
             stored: set[Root] = set()
             for argument in op.arguments:

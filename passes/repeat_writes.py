@@ -36,10 +36,10 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, rewrite, used, walk
 from nnsight_compiler.ir.types import ANY
 from nnsight_compiler.ir.values import NONE, UNBOUND, Literal, Operand, Value, values_in
+from nnsight_compiler.passes.in_place_writes import changed_operands, in_place, targets
 from nnsight_compiler.passes.infer import at_later_steps
-from nnsight_compiler.passes.memory import Fresh, Memory, Site
-from nnsight_compiler.passes.positions import Positions
-from nnsight_compiler.passes.sites import in_place, targets
+from nnsight_compiler.passes.memory import Memory, Site
+from nnsight_compiler.passes.step_variation import StepVariation
 
 WAY_OUT = "say at which steps it happens: `with tracer.iter[0]:` for the prompt, `for step in tracer.iter[:]:` for all"
 
@@ -69,40 +69,18 @@ def repeat_writes(program: Program) -> Program:
 class _Repetition:
     """Makes the later steps of one generation.
 
-    body: the ops outside of loops over steps, at any depth, in the order of the source.
-    makers: the op that makes a value; `closed`: those that stand in a condition or a loop, by identity.
-    again: the values that are made anew at each step.
+    code: its ops outside of loops over steps, and what of it is made anew at each step.
     wanted: the ops that are repeated, by identity.
     """
 
     def __init__(self, forward: ops.Forward, memory: Memory, builder: Builder) -> None:
         self.forward, self.memory, self.builder = forward, memory, builder
-        self.body: list[Op] = []
-        self.parents: dict[int, Op] = {}
-        self.closed: set[int] = set()
-        self._collect(forward.body, None, False)
-        self.makers: dict[str, Op] = {}
-        for op in self.body:
-            for value in (*defined(op), *(value for part in regions(op) for value in part.parameters)):
-                self.makers[value.name] = op
-        self.positions = Positions(self.makers)
-        self.again: set[str] = set()
+        self.code = StepVariation(forward, memory)
+        self.positions = self.code.positions
         self.wanted: set[int] = set()
 
-    def _collect(self, region: Region, parent: Op | None, closed: bool) -> None:
-        for op in region.ops:
-            self.body.append(op)
-            if parent is not None:
-                self.parents[id(op)] = parent
-            if closed:
-                self.closed.add(id(op))
-            if not isinstance(op, (ops.Steps, ops.Closure)):
-                for part in regions(op):
-                    self._collect(part, op, closed or not isinstance(op, ops.With))
-
     def run(self) -> ops.Forward:
-        self._vary()
-        writes = [op for op in self.body if self._is_repeated(op)]
+        writes = [op for op in self.code.body if self._is_repeated(op)]
         if not writes:
             return self.forward
         waiting = list(writes)
@@ -132,59 +110,6 @@ class _Repetition:
                 made.append(ops.Steps(result, Literal(1), NONE, region, False, span=copy[0].span))
         return replace(self.forward, body=Region((), tuple(made)))
 
-    # --- what differs from step to step ---
-
-    def _vary(self) -> None:
-        """Finds the values that are made anew: what a site gives, and what is made of it."""
-        changed: set[object] = set()
-        before = -1
-        while before != len(self.again) + len(changed):
-            before = len(self.again) + len(changed)
-            for op in self.body:
-                if isinstance(op, ops.Steps) or self._of_first(op):
-                    continue
-                touched = {root for root in self.memory.reads(op) if not isinstance(root, Site)}
-                loop = isinstance(op, (ops.For, ops.While)) and any(
-                    each.name in self.again for part in regions(op) for inner in walk(part) for each in used(inner)
-                )
-                if not (
-                    loop
-                    or self._anew(op)
-                    or touched & changed
-                    or any(each.name in self.again for each in self._uses(op))
-                ):
-                    continue
-                if isinstance(op, ops.Yield) and id(op) in self.parents:
-                    op = self.parents[id(op)]  # what a condition gives is as new as what one of its sides does
-                self.again.update(value.name for value in defined(op))
-                if isinstance(op, (ops.For, ops.While)):
-                    self.again.update(value.name for part in regions(op) for value in part.parameters)
-                own = {root for root in self.memory.writes(op) if not isinstance(root, Site)}
-                changed |= own
-                self.again.update(root.value for root in own if isinstance(root, Fresh) and root.value in self.makers)
-
-    def _varies(self, op: Op) -> bool:
-        return self._anew(op) or any(value.name in self.again for value in self._uses(op))
-
-    def _anew(self, op: Op) -> bool:
-        """Whether an op gives something else each time for the same operands."""
-        if isinstance(op, ops.Read):
-            return op.port != "result"
-        if not isinstance(op, ops.Call):
-            return False
-        known = self.memory.origins.known(op)
-        return known.random if known is not None else True
-
-    def _of_first(self, op: Op) -> bool:
-        """Whether an op reads at a position of the prompt."""
-        return isinstance(op, ops.Item) and self.positions.of(op) == "prompt"
-
-    def _uses(self, op: Op) -> Iterator[Value]:
-        yield from used(op)
-        if isinstance(op, ops.Closure):
-            for inner in walk(op.body):
-                yield from used(inner)
-
     # --- which writes are repeated ---
 
     def _is_repeated(self, op: Op) -> bool:
@@ -194,7 +119,7 @@ class _Repetition:
             return False
         if not any(isinstance(root, Site) for root in targets(op, self.memory)):
             return False
-        if not any(value.name in self.again for value in self._changed(op)):
+        if not any(value.name in self.code.again for value in self._changed(op)):
             return False
         return not self._writes_prompt(op)
 
@@ -202,14 +127,14 @@ class _Repetition:
         """Whether an op writes to a position of the prompt, which later steps do not have."""
         if isinstance(op, ops.SetItem):
             return self.positions.of(op) == "prompt" or self._is_at_prompt(op.object)
-        changed = self._changed_in(op) if in_place(op, self.memory) else []
+        changed = changed_operands(op, self.memory) if in_place(op, self.memory) else []
         return bool(changed) and all(map(self._is_at_prompt, changed))
 
     def _is_at_prompt(self, operand: Operand) -> bool:
         """Whether a value is a view of a position of the prompt."""
-        match self.makers.get(operand.name) if isinstance(operand, Value) else None:
+        match self.code.makers.get(operand.name) if isinstance(operand, Value) else None:
             case ops.Item() as item:
-                return self._of_first(item) or self._is_at_prompt(item.object)
+                return self.code.is_of_first(item) or self._is_at_prompt(item.object)
             case ops.Operator(in_place=True, operands=(base, *_)):
                 return self._is_at_prompt(base)
             case _:
@@ -218,21 +143,9 @@ class _Repetition:
     def _changed(self, op: Op) -> Iterator[Value]:
         """The values that an op changes in place, and that a site holds."""
         changed = {root for root in targets(op, self.memory) if isinstance(root, Site)}
-        for operand in self._changed_in(op):
+        for operand in changed_operands(op, self.memory):
             if changed & self.memory.roots(operand):
                 yield from values_in(operand)
-
-    def _changed_in(self, op: Op) -> Sequence[Operand]:
-        """The operands that an op changes in place."""
-        match op:
-            case ops.SetItem(object=base) | ops.SetAttribute(object=base) | ops.Delete(object=base):
-                return [base]
-            case ops.Operator(operands=(first, *_)):
-                return [first]
-            case ops.Call() if (known := self.memory.origins.known(op)) is not None:
-                return [argument.value for argument in self.memory.origins.at(op, known.mutates)]
-            case _:
-                return []
 
     # --- what they need ---
 
@@ -242,43 +155,38 @@ class _Repetition:
             return []
         self.wanted.add(id(op))
         found: list[Op] = []
-        parent = self.parents.get(id(op))
+        parent = self.code.parents.get(id(op))
         if parent is not None:
             found.append(parent)
             if isinstance(parent, (ops.For, ops.While)):
                 found += [each for part in regions(parent) for each in part.ops if isinstance(each, ops.TERMINATORS)]
-        for value in self._uses(op):
+        for value in self.code.uses(op):
             found += self._made(value, op)
-        if isinstance(op, ops.If) and self._results(op):
+        if isinstance(op, ops.If) and self.code.results_anew(op):
             found += [part.ops[-1] for part in regions(op) if part.ops]
-        number = self.body.index(op)
+        number = self.code.body.index(op)
         reads = {root for root in self.memory.reads(op) if not isinstance(root, Site)}
-        for earlier in self.body[:number]:
+        for earlier in self.code.body[:number]:
             plain = not any(True for _ in regions(earlier))
             if (
                 plain
                 and reads & self.memory.writes(earlier)
-                and self._varies(earlier)
+                and self.code.varies(earlier)
                 and not self._writes_prompt(earlier)
             ):
                 found.append(earlier)
         return found
 
-    def _results(self, op: ops.If) -> list[int]:
-        """Which results of a condition are made anew."""
-        inside = id(op) in self.closed
-        return [number for number, value in enumerate(op.results) if inside or value.name in self.again]
-
     def _made(self, value: Value, user: Op) -> list[Op]:
         """The op that makes a value anew; none where it is the first step's, or from outside."""
-        maker = self.makers.get(value.name)
+        maker = self.code.makers.get(value.name)
         if maker is None or isinstance(maker, ops.Steps):
             return []
-        if value.name in self.again:
+        if value.name in self.code.again:
             return [maker]
-        if id(maker) not in self.closed:
+        if id(maker) not in self.code.closed:
             return []
-        if self._of_first(maker):
+        if self.code.is_of_first(maker):
             self._refuse(
                 user.span,
                 "this uses what was read at a position of the prompt under a condition, at later steps too",
@@ -294,11 +202,11 @@ class _Repetition:
     def _own_cells(self) -> Iterator[ops.Cell]:
         """Boxes for variables that the repeated part assigns: the program's own keep what the first step put there."""
         seen: set[str] = set()
-        for op in self.body:
+        for op in self.code.body:
             if id(op) not in self.wanted or not isinstance(op, (ops.Store, ops.Load)) or not isinstance(op.cell, Value):
                 continue
             name = op.cell.name
-            if name not in seen and name not in self.makers and isinstance(op, ops.Store):
+            if name not in seen and name not in self.code.makers and isinstance(op, ops.Store):
                 yield ops.Cell(op.cell, name.partition(".")[0], UNBOUND, span=op.span)
             seen.add(name)
 
@@ -323,7 +231,7 @@ class _Repetition:
     def _filtered(self, op: Op) -> Op:
         if not isinstance(op, ops.If):
             return rewrite(op, region=lambda inner: Region(inner.parameters, self._part(inner.ops)))
-        kept = self._results(op)
+        kept = self.code.results_anew(op)
         sides = []
         for side in (op.then, op.orelse):
             inside = list(self._part(side.ops))
@@ -351,7 +259,7 @@ class _Repetition:
 
     def _through(self, value: Value) -> list[Op]:
         """How a value comes from an item with such an index: that item first, and the views of it after."""
-        maker = self.makers.get(value.name)
+        maker = self.code.makers.get(value.name)
         match maker:
             case ops.Item() if self.positions.at_run(maker) is not None:
                 return [maker]
@@ -368,7 +276,7 @@ class _Repetition:
         found = set()
         for op in part:
             if isinstance(op, ops.SetItem) and isinstance(op.value, Value) and self.positions.at_run(op) is not None:
-                maker = self.makers.get(op.value.name)
+                maker = self.code.makers.get(op.value.name)
                 if isinstance(maker, ops.Operator) and maker.in_place and self._through(op.value):
                     found.add(id(maker))
         return found
@@ -377,7 +285,7 @@ class _Repetition:
         """An op under the condition that its index counts from the end."""
         test = self.builder.fresh()
         asked = ops.FromEnd(test, index, span=op.span)
-        if id(op) in self.closed:
+        if id(op) in self.code.closed:
             self._refuse(
                 op.span, "at which position this is, only the run knows, and it stands in a condition or a loop"
             )
@@ -391,9 +299,9 @@ class _Repetition:
         for value in used(op):
             through += [each for each in self._through(value) if each not in through]
         if isinstance(op, ops.Call):
-            method = self.makers.get(op.function.name) if isinstance(op.function, Value) else None
+            method = self.code.makers.get(op.function.name) if isinstance(op.function, Value) else None
             through += [method] if isinstance(method, ops.Attribute) and method not in through else []
-        users = {value.name for each in self.body if each is not op for value in used(each)}
+        users = {value.name for each in self.code.body if each is not op for value in used(each)}
         if any(value.name in users for value in defined(op)):
             self._refuse(op.span, "at which position this is, only the run knows, and its result is used further")
         renamed = {

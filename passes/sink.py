@@ -26,7 +26,7 @@ from nnsight_compiler.ir.traverse import defined, regions, rewrite, used, walk
 from nnsight_compiler.ir.types import TensorType
 from nnsight_compiler.ir.values import Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
-from nnsight_compiler.passes.inline import FUSED_CALL
+from nnsight_compiler.passes.known_calls import FUSED_CALL
 from nnsight_compiler.passes.memory import Fresh, Gradient, Memory, Roots, Site
 
 Sunk = tuple[ops.Forward, tuple[Op, ...], tuple[Op, str] | None]

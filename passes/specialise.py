@@ -29,6 +29,8 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Unbound, Value
 from nnsight_compiler.passes import differentiation, editing
+from nnsight_compiler.passes.cells import interpret_cell
+from nnsight_compiler.passes.completion import AccessInClosure, Completion
 from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.facts import (
     Abstract,
@@ -42,12 +44,14 @@ from nnsight_compiler.passes.facts import (
     SiteModule,
     Tracer,
 )
-from nnsight_compiler.passes.interpretation import AccessInClosure, Completion, Subject
 from nnsight_compiler.passes.invokes import interpret_invoke
+from nnsight_compiler.passes.names import read_name
+from nnsight_compiler.passes.operators import interpret_operator
 from nnsight_compiler.passes.remarks import Remark
 from nnsight_compiler.passes.rows import Part
 from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.staging import Staging
+from nnsight_compiler.passes.subject import Inputs, Subject
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class Specialised:
     program: Program
     guards: tuple[Guard, ...]
     objects: Mapping[str, Any]
-    inputs: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]] | None]
+    inputs: Mapping[str, Inputs | None]
     models: Mapping[str, Any]
     invoked: Mapping[str, tuple[str, ...]]
     parts: Mapping[str, Part]
@@ -154,7 +158,7 @@ class Specialiser(Staging):
         """Interprets one op; a completion where control leaves the region."""
         match op:
             case ops.Global():
-                self.scope[op.result] = self.evaluate.read_name(op)
+                self.scope[op.result] = read_name(self, op)
             case ops.Attribute():
                 self.scope[op.result] = self.evaluate.attribute(op, self.abstract(op.object), op.name)
             case ops.Read():
@@ -162,7 +166,7 @@ class Specialiser(Staging):
             case ops.Item():
                 self.scope[op.result] = self.evaluate.item(op)
             case ops.Operator():
-                self.scope[op.result] = self.evaluate.apply(op)
+                self.scope[op.result] = interpret_operator(self, op)
             case ops.Call():
                 self.scope[op.result] = self.evaluate.calls.call(op)
             case ops.Build():
@@ -184,7 +188,7 @@ class Specialiser(Staging):
                 else:
                     self.scope[op.result] = value
             case ops.Cell() | ops.Load() | ops.Store():
-                self.cell(op)
+                interpret_cell(self, op)
             case ops.Save():
                 self.scope[op.result] = self.evaluate.calls.save(op, self.abstract(op.value))
             case ops.Write():

@@ -23,15 +23,15 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.substitute import substitute
 from nnsight_compiler.ir.traverse import defined, used, walk
 from nnsight_compiler.ir.values import UNBOUND, Unbound, Value, values_in
-from nnsight_compiler.passes.apply import FOLDED
 from nnsight_compiler.passes.behaviour import Behaviour
+from nnsight_compiler.passes.completion import AccessInClosure
 from nnsight_compiler.passes.control_flow import emits
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, Method, SiteModule
-from nnsight_compiler.passes.interpretation import AccessInClosure
 from nnsight_compiler.passes.known_calls import known_method
 from nnsight_compiler.passes.outline import outline
 from nnsight_compiler.passes.steps import StepLoops
+from nnsight_compiler.passes.transparent_calls import FOLDED
 
 FOLDED_TARGETS = frozenset(f"{function.__module__}.{function.__name__}" for function in FOLDED)
 SITES = ("output", "input", "inputs", "calls", "skip", "stop")

@@ -25,10 +25,10 @@ from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, used, walk
 from nnsight_compiler.ir.values import UNBOUND, Literal, Operand, Value
+from nnsight_compiler.passes.completion import AccessInClosure, Completion
 from nnsight_compiler.passes.control_flow import ControlFlow
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import Abstract, Elements, Known, StepRange, constant
-from nnsight_compiler.passes.interpretation import AccessInClosure, Completion
 from nnsight_compiler.passes.step_ranges import steps_op
 
 

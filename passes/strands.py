@@ -13,7 +13,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import AnyOp, Op
 from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.ir.values import Literal, Module
-from nnsight_compiler.passes.inline import MODULE_CALL
+from nnsight_compiler.passes.known_calls import MODULE_CALL
 from nnsight_compiler.passes.looked_on import looked_on
 from nnsight_compiler.passes.memory import Memory, Weight
 

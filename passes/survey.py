@@ -27,11 +27,12 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
 from nnsight_compiler.ir.values import Module, Value, values_in
+from nnsight_compiler.passes.completion import Completion
 from nnsight_compiler.passes.decisions import Decisions, Undecided
 from nnsight_compiler.passes.evaluate import PORTS
 from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, Iteration, SiteModule
-from nnsight_compiler.passes.interpretation import Completion, Subject
 from nnsight_compiler.passes.specialise import Specialised, Specialiser
+from nnsight_compiler.passes.subject import Subject
 
 
 @final

@@ -32,7 +32,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, walk
 from nnsight_compiler.ir.values import Module, Tuple, Value
-from nnsight_compiler.passes.inline import FUSED_CALL, MODULE_CALL
+from nnsight_compiler.passes.known_calls import FUSED_CALL, MODULE_CALL
 from nnsight_compiler.passes.pauses import pauses, pausing
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.passes.sink import waits_within

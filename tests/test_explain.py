@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from nnsight_compiler import LanguageModel, NNsight, estimates, intervene
-from nnsight_compiler.explain import Explanation
 from nnsight_compiler.explain import explain as explanation_of
+from nnsight_compiler.explanation import Explanation
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.options import OPTIMISATIONS
 from nnsight_compiler.passes.remarks import Remark

@@ -40,6 +40,7 @@ from nnsight_compiler.ir.serial import from_json, to_json
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.ir.verifier import verify
 from nnsight_compiler.observations import observed
+from nnsight_compiler.passes.check_sites import check_sites
 from nnsight_compiler.passes.check_unused_values import check_unused_values
 from nnsight_compiler.passes.copy_on_save import copy_on_save
 from nnsight_compiler.passes.eliminate_common_subexpressions import eliminate_common_subexpressions
@@ -59,10 +60,11 @@ from nnsight_compiler.passes.remarks import Remarks
 from nnsight_compiler.passes.repeat_writes import repeat_writes
 from nnsight_compiler.passes.shapes import Surroundings
 from nnsight_compiler.passes.share_prefixes import share_prefixes
-from nnsight_compiler.passes.sites import Order, check_sites
+from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.skips import check_skips
-from nnsight_compiler.passes.specialise import Subject, specialise
+from nnsight_compiler.passes.specialise import specialise
 from nnsight_compiler.passes.stop_early import stop_early
+from nnsight_compiler.passes.subject import Subject
 from nnsight_compiler.passes.unite_forwards import unite_forwards
 from nnsight_compiler.positions_apart import positionwise_of
 from nnsight_compiler.shapes import extent_of

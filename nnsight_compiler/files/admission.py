@@ -69,8 +69,7 @@ from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import operands, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Value, values_in
-from nnsight_compiler.passes.inline import MODULE_CALL
-from nnsight_compiler.passes.known_calls import ALL, known_target
+from nnsight_compiler.passes.known_calls import ALL, MODULE_CALL, known_target
 from nnsight_compiler.passes.sites import ATTENTION_VALUES
 from nnsight_compiler.passes.streams import STREAM
 

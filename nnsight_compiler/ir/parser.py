@@ -13,6 +13,7 @@ from typing import Any, get_args
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.cursor import Cursor, Line, syntax_error
 from nnsight_compiler.ir.errors import IRError
+from nnsight_compiler.ir.holes import expect_text, read_hole, read_signature
 from nnsight_compiler.ir.ops import Handler, Op, Region
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.ir.schema import alternatives, conforms, schema
@@ -71,7 +72,7 @@ class _Parser:
         if not conforms(kind, schema(Program)["kind"]):
             cursor.fail("expected `experiment`, `block`, `function` or `stage`", back=1)
         name = cursor.name()
-        parameters, defaults = cursor.signature()
+        parameters, defaults = read_signature(cursor)
         if any(default != Literal(...) for default in defaults):
             cursor.fail("a program's defaults are not part of it: write `=...`", back=1)
         fields: dict[str, Any] = {"kind": kind, "name": name, "parameters": parameters}
@@ -120,9 +121,9 @@ class _Parser:
             kind, fields = form.op, dict(form.fixed)
             for part in form.parts:
                 if isinstance(part, str):
-                    cursor.literal(part)
+                    expect_text(cursor, part)
                 else:
-                    fields.update(cursor.hole(part))
+                    fields.update(read_hole(cursor, part))
         if "result" in fields:
             names = (fields["result"], *names)
         if kind is ops.Stage:

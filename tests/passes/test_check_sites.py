@@ -12,7 +12,7 @@ from nnsight_compiler import NNsight, intervene
 from nnsight_compiler.ir.errors import CompileError, Diagnostic
 from nnsight_compiler.ir.parser import parse_program
 from nnsight_compiler.ir.verifier import verify
-from nnsight_compiler.passes.sites import check_sites
+from nnsight_compiler.passes.check_sites import check_sites
 
 CALLS = [("h.0", 0), ("h.1", 0), ("shared", 0), ("h.2", 0), ("shared", 1), ("head", 0)]
 

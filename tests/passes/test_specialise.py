@@ -16,7 +16,8 @@ from nnsight_compiler import CompileError, NNsight, save
 from nnsight_compiler.frontend import lower_function, lower_source
 from nnsight_compiler.ir.parser import parse_program
 from nnsight_compiler.ir.verifier import verify
-from nnsight_compiler.passes.specialise import Specialised, Subject, specialise
+from nnsight_compiler.passes.specialise import Specialised, specialise
+from nnsight_compiler.passes.subject import Subject
 
 torch.set_num_threads(1)
 

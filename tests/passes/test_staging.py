@@ -17,8 +17,8 @@ from nnsight_compiler.ir.errors import CompileError
 from nnsight_compiler.ir.parser import parse_program
 from nnsight_compiler.ir.printer import print_program
 from nnsight_compiler.ir.verifier import verify
-from nnsight_compiler.passes.interpretation import Subject
 from nnsight_compiler.passes.specialise import Specialised, specialise
+from nnsight_compiler.passes.subject import Subject
 from nnsight_compiler.runtime.support import UNBOUND
 
 
