@@ -254,7 +254,7 @@ class Interpretation:
             self.unrolling[0].span,
             f"this loop names modules, so that it is unrolled round by round, and comes to more than {most:,} ops",
             f"go over fewer modules at once, in several calls, and {way_out}",
-            ((here, "it comes this far here"),),
+            () if here == self.unrolling[0].span else ((here, "it comes this far here"),),
         )
 
     def span(self, op: Op) -> Span:

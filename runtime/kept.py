@@ -12,9 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nnsight_compiler.ir import ops
-from nnsight_compiler.ir.ops import Region
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.traverse import defined, definitions, regions, used, walk
+from nnsight_compiler.ir.traverse import defined, definitions, users_by_forward, walk
 from nnsight_compiler.ir.types import Dimension, TensorType
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes.memory import Fresh, Memory, Root, Site
@@ -81,27 +80,12 @@ def footprints(program: Program) -> dict[str, Footprint]:
         if not isinstance(op, ops.Strand) and not (isinstance(op, ops.For) and op.together):
             continue
         memory = Memory.of(program, copies=True)
-        users = users or _users(program)
+        users = users or users_by_forward(program.body)
         forwards = [each for each in walk(op.body) if isinstance(each, ops.Forward)]
         own = [found.get(each.result.name) or _footprint(each, users, memory) for each in forwards]
         strand = tuple(kept for each in own for kept in each.keeps)
         names = [each.result.name for each in forwards]
         found |= {name: replace(each, strand=strand) for name, each in zip(names, own, strict=True)}
-    return found
-
-
-def _users(program: Program) -> dict[str, set[str]]:
-    """The forwards in whose bodies each value is used, by the names of both; an empty name is outside of them all."""
-    found: dict[str, set[str]] = {}
-
-    def visit(region: Region, forward: str) -> None:
-        for op in region.ops:
-            for value in used(op):
-                found.setdefault(value.name, set()).add(forward)
-            for inner in regions(op):
-                visit(inner, op.result.name if isinstance(op, ops.Forward) else forward)
-
-    visit(program.body, "")
     return found
 
 
