@@ -22,7 +22,7 @@ CHARACTERS = 2**20
 MOST_OPS = 250_000
 """What a program may be unrolled to: ops that are interpreted, and that are emitted, rounds of loops, and entries of a
 container that is followed, with all that is in it."""
-MOST_OPS_OF_JOBS = 10_000
+MOST_OPS_OF_JOBS = 6_000
 """The same for jobs of a service: it checks them one after the other, and none may keep the others waiting."""
 BITS = 4096
 """Of whole numbers."""
