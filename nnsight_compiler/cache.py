@@ -13,6 +13,7 @@ from nnsight_compiler.ir.errors import CompileError
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.options import DEFAULT, Options
 from nnsight_compiler.passes.facts import Guard
+from nnsight_compiler.passes.specialise import Specialised
 from nnsight_compiler.runtime.support import UNBOUND
 
 
@@ -82,9 +83,9 @@ class Cache:
         """Runs the program on the values of its parameters; compiles it first where nothing compiled holds for them."""
         return (self.find(values) or self.get(values)).plan.run(*values)
 
-    def get(self, values: tuple[Any, ...]) -> Compiled:
+    def get(self, values: tuple[Any, ...], lowered: Specialised | None = None) -> Compiled:
         """The compiled program for these values; compiled now where there is none. A parameter without a value is
-        given as `UNBOUND`."""
+        given as `UNBOUND`. `lowered`: what the passes made of the program for them, where they ran already."""
         found = self.find(values)
         if found is not None:
             return found
@@ -96,7 +97,7 @@ class Cache:
             try:
                 given = self.given(values)
                 made = compile_program(
-                    self.program, given, self.globals, self.closure, self.stage, options=self.options
+                    self.program, given, self.globals, self.closure, self.stage, options=self.options, lowered=lowered
                 )
             except CompileError as error:
                 raise error.with_traceback(None) from None  # it says where; the compiler's own frames say nothing more

@@ -18,6 +18,7 @@ from nnsight_compiler.models.batches import concatenated
 from nnsight_compiler.models.residual import stream_of
 from nnsight_compiler.observations import measured, observed
 from nnsight_compiler.options import DEFAULT, Options
+from nnsight_compiler.passes.bounded import MOST_OPS
 from nnsight_compiler.passes.check_padding import check_padding
 from nnsight_compiler.passes.check_sites import check_sites
 from nnsight_compiler.passes.check_unused_values import check_unused_values
@@ -111,7 +112,12 @@ Staged = Callable[[Program, Mapping[str, Any], Mapping[str, CellType]], StageRun
 
 
 class GuardedGlobals(dict[str, Any]):
-    """The globals of a program that someone else wrote, which says what such a program may do."""
+    """The globals of a program that someone else wrote, which says what such a program may do.
+
+    most_ops: what it may be unrolled to.
+    """
+
+    most_ops: int = MOST_OPS
 
     def admit(self, source: Program, specialised: Program) -> None:
         """Called with each program once it is specialised, before it is compiled further. Raises where it must not
@@ -157,9 +163,16 @@ def compile_program(
     staged: Staged,
     observer: Observer | None = None,
     options: Options = DEFAULT,
+    lowered: Specialised | None = None,
 ) -> Compiled:
-    """Compiles a program for the arguments of one call. `staged` gives what runs the stages that begin later."""
-    lowered = lower_program(program, arguments, globals_, closure, observer, options=options)
+    """Compiles a program for the arguments of one call.
+
+    Args:
+        staged: gives what runs the stages that begin later.
+        lowered: what `lower_program` made of it for the same call, where that was asked for already.
+    """
+    if lowered is None:
+        lowered = lower_program(program, arguments, globals_, closure, observer, options=options)
     stages: dict[str, StageRunner] = {}
 
     def stage(op: ops.Stage) -> Callable[..., Any]:
@@ -213,7 +226,10 @@ def lower_program(
         return observed(model, inputs, ask.exact)
 
     streams = partial(_stream, checked=checker is not None)
-    subject = Subject(arguments, globals_, closure, helper_program, save, UNBOUND, streams, ordered, generate_function)
+    most = globals_.most_ops if isinstance(globals_, GuardedGlobals) else MOST_OPS
+    subject = Subject(
+        arguments, globals_, closure, helper_program, save, UNBOUND, streams, ordered, generate_function, most
+    )
 
     def specialised(source: Program) -> Program:
         ask.lowered = (specialise if checker is None else checker.specialise)(source, subject)

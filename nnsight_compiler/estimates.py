@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from nnsight_compiler.figures import Figures
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import At, Op
-from nnsight_compiler.ir.traverse import defined, used, walk
+from nnsight_compiler.ir.traverse import defined, users_by_forward, walk
 from nnsight_compiler.ir.types import TensorType
 from nnsight_compiler.ir.values import Module, Operand, Value
 from nnsight_compiler.observations import axes_of, cost_of
@@ -39,6 +39,8 @@ class Estimates:
         self.lowered = lowered
         self.example = example
         self.made = {value.name: op for op in lowered.program.walk() for value in defined(op)}
+        self.users = users_by_forward(lowered.program.body)
+        self.differentiates = any(isinstance(each, _GRADIENTS) for each in lowered.program.walk())
 
     def of(self, op: ops.Forward) -> tuple[Figures | None, str]:
         """What a forward is going to cost, and why some of it cannot be told."""
@@ -57,7 +59,7 @@ class Estimates:
             if op.method == "generate":
                 return found, "how many steps a generation takes is known only when it runs"
             found = replace(found, flops=cost.flops(rows, tokens, _within(cost, end)))
-            if any(isinstance(each, _GRADIENTS) for each in self.lowered.program.walk()):
+            if self.differentiates:
                 return found, "its memory is not estimated, since gradients are recorded"
             copied, aliased, kept = self._kept(op, axes, rows, tokens)
             later = [(_released(model._module, cost.events, event), size) for event, size in aliased]
@@ -83,10 +85,9 @@ class Estimates:
         """What the program keeps of a forward: with memory of its own, with the model's, and all together in bytes."""
         copied: list[Kept] = []
         aliased: list[Kept] = []
-        outside = {id(each) for each in walk(op.body)}
-        used_after = {
-            value.name for each in self.lowered.program.walk() if id(each) not in outside for value in used(each)
-        }
+        own = {op.result.name}
+        made = (value.name for each in walk(op.body) for value in defined(each))
+        used_after = {name for name in made if self.users.get(name, own) - own}
         for at in op.body.ops:
             if not isinstance(at, At) or at.port == "result":
                 continue

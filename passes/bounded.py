@@ -19,12 +19,11 @@ LONGEST = 10_000
 """Entries of a tuple or range up to which they are gone through."""
 CHARACTERS = 2**20
 """Of a text that is computed with."""
-MAX_ROUNDS = 100_000
-"""Rounds of a loop that is unrolled, at most."""
-MAX_SIZE = 100_000
-"""Of a container that is followed, with all that is in it."""
-MAX_WORK = 250_000
-"""Ops that are interpreted, and that are emitted, while a program is specialised."""
+MOST_OPS = 250_000
+"""What a program may be unrolled to: ops that are interpreted, and that are emitted, rounds of loops, and entries of a
+container that is followed, with all that is in it."""
+MOST_OPS_OF_JOBS = 6_000
+"""The same for jobs of a service: it checks them one after the other, and none may keep the others waiting."""
 BITS = 4096
 """Of whole numbers."""
 TEXT = 2_000
@@ -114,6 +113,5 @@ def has_length(held: Any) -> bool:
 
 
 __all__ = [
-    "MAX_ROUNDS", "MAX_SIZE", "MAX_WORK", "TEXT", "has_length", "is_bounded", "is_long", "length_of", "may_apply",
-    "may_call",
+    "MOST_OPS", "MOST_OPS_OF_JOBS", "TEXT", "has_length", "is_bounded", "is_long", "length_of", "may_apply", "may_call",
 ]  # fmt: skip

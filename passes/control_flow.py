@@ -18,7 +18,6 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes import editing
-from nnsight_compiler.passes.bounded import MAX_ROUNDS
 from nnsight_compiler.passes.completion import AccessInClosure, Completion
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import (
@@ -146,7 +145,11 @@ class ControlFlow(Interpretation):
             stages = self.forward is None and not self.closures and not emits(op.body)
             if stages and not self.evaluate.listable(iterable):
                 raise Undecided(roll={id(op)})
-            items = self.evaluate.iterate(iterable, op.span)
+            self.unrolling.append(op)
+            try:
+                items = self.evaluate.iterate(iterable, op.span)
+            finally:
+                self.unrolling.pop()
             return self.unrolled(op, items, tuple(map(self.abstract, op.initial)))
         initial = tuple(map(self.abstract, op.initial))
         if isinstance(iterable.fact, Elements):
@@ -265,7 +268,7 @@ class ControlFlow(Interpretation):
         rolled, self.rolled = self.rolled, []
         self.unrolling.append(op)
         try:
-            for _ in range(MAX_ROUNDS):
+            while True:  # each round counts as work
                 self.bind(op.condition.parameters, carried)
                 condition, *rest = self.region(op.condition).values
                 carried = tuple(rest)
@@ -285,7 +288,6 @@ class ControlFlow(Interpretation):
         finally:
             self.rolled = rolled
             self.unrolling.pop()
-        self.fail(op.span, f"this loop names modules and does not end within {MAX_ROUNDS} rounds", "bound it")
 
     def try_(self, op: ops.Try) -> Completion | None:
         if self.forward is not None:

@@ -22,7 +22,6 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import regions, rewrite, used, walk
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value
 from nnsight_compiler.passes import editing
-from nnsight_compiler.passes.bounded import MAX_SIZE, MAX_WORK
 from nnsight_compiler.passes.changes import Changes
 from nnsight_compiler.passes.completion import END, AccessInClosure, Completion, Unreachable
 from nnsight_compiler.passes.decisions import Decisions, Undecided
@@ -189,16 +188,23 @@ class Interpretation:
         self.builder.emit(op)
 
     def work(self, more: int = 1, size: int = 0) -> None:
-        """Counts an op that is interpreted or emitted, or a container of this size: programs grow with their loops and
-        helpers, and compiling them must come to an end."""
+        """Counts ops that are interpreted or emitted, rounds of a loop, or a container of this size: programs grow with
+        their loops and helpers, and compiling them must come to an end."""
         self.worked += more
-        if self.worked > MAX_WORK or size > MAX_SIZE:
-            what = f"comes to more than {MAX_WORK:,} ops" if size <= MAX_SIZE else "holds itself too often"
-            self.fail(
-                self.here,
-                f"what this is unrolled to {what}",
-                "go over fewer modules in one forward, or keep what names no module in a loop of its own",
-            )
+        most = self.subject.most_ops
+        if max(self.worked, size) <= most:
+            return
+        here, way_out = self.frame.override or self.here, "keep what names no module in a loop of its own"
+        if size > most:
+            self.fail(here, f"this holds more than {most:,} values, itself counted as often as it is held", way_out)
+        if not self.unrolling:
+            self.fail(here, f"this program is unrolled to more than {most:,} ops", f"call fewer helpers, and {way_out}")
+        self.fail(
+            self.unrolling[0].span,
+            f"this loop names modules, so that it is unrolled round by round, and comes to more than {most:,} ops",
+            f"go over fewer modules at once, in several calls, and {way_out}",
+            () if here == self.unrolling[0].span else ((here, "it comes this far here"),),
+        )
 
     def span(self, op: Op) -> Span:
         """Where an op stands for the user: at the call, for a helper from another file."""

@@ -10,7 +10,7 @@ from nnsight_compiler.ir.ops import Op
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.values import Literal, Module, Slice, Value
 from nnsight_compiler.passes import caching
-from nnsight_compiler.passes.bounded import MAX_ROUNDS, TEXT, has_length, length_of
+from nnsight_compiler.passes.bounded import TEXT, has_length, length_of
 from nnsight_compiler.passes.call_counts import count_calls
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -303,8 +303,10 @@ class Items(StepRanges):
             case SiteCalls():
                 self.specialiser.fail(span, "this is one call of a module, which cannot be iterated")
             case Elements(kind="dict", items=list()):
+                self.specialiser.work(len(value.fact.keys))
                 return list(value.fact.keys)
             case Elements(items=list() as items):
+                self.specialiser.work(len(items))
                 return list(items)
             case Iteration(kind="enumerate", bases=(base,), start=start):
                 items = self.iterate(base, span)
@@ -327,12 +329,7 @@ class Items(StepRanges):
                     self.specialiser.fail(span, f"a `{type(held).__name__}` cannot be iterated")
                 if not immutable(held):
                     return self.specialiser.unknown(value, span, "what this loop goes over")
-                if isinstance(held, range) and length_of(held) > MAX_ROUNDS:
-                    self.specialiser.fail(
-                        span,
-                        f"this names modules for each of {length_of(held):,} rounds, and {MAX_ROUNDS:,} are the most",
-                        "go over the modules themselves, or fewer numbers",
-                    )
+                self.specialiser.work(length_of(held) if isinstance(held, range) else len(held))
                 items = self.specialiser.demand(value, span, "what this loop goes over")
                 return [constant(item) for item in items]
         return self.specialiser.unknown(value, span, "what this loop goes over")
@@ -402,6 +399,7 @@ class Items(StepRanges):
         return self._elements_of_known(Abstract(listed, None, value.loops, value.live, span), entries, spelled, span)
 
     def _elements_of_known(self, value: Abstract, held: Any, text: str | None, span: Span) -> list[Abstract]:
+        self.specialiser.work(len(held))
         if text is not None:
             self.specialiser.guards.add(text, "length", len(held))
         if isinstance(held, dict):

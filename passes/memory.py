@@ -101,8 +101,12 @@ class Memory:
 
     def overlap(self, first: Iterable[Root], second: Iterable[Root]) -> bool:
         """Whether any two of these roots may be the same storage."""
-        others = list(second)
-        return any(self._same(root, other) for root in first for other in others)
+        first, second = frozenset(first), frozenset(second)
+        if not first.isdisjoint(second):
+            return True
+        # What the program makes is the same only where it is equal.
+        shared, others = ([root for root in roots if not isinstance(root, Fresh)] for roots in (first, second))
+        return bool(shared and others) and any(self._same(root, other) for root in shared for other in others)
 
     def may_alias(self, first: Operand, second: Operand) -> bool:
         """Whether two values may share storage, or hold values that do."""

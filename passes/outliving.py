@@ -238,7 +238,7 @@ class Outliving(Schedule):
         own = self._own(value)
         writes += [
             each
-            for each in self.entries
+            for each in (self.entries if own else ())
             if maker.order[0] < each.order[0] < before and not each.merge and self._changes(each.op) & own
         ]
         after = max([maker, *writes], key=lambda each: each.order)

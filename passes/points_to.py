@@ -172,6 +172,8 @@ class PointsTo:
                 if isinstance(base, Module):
                     path = f"{base.path}.{name}".strip(".")
                     self._add(result, {Weight(base.model.name, path)})
+                elif isinstance(self.origins.definition(base), ops.Build):
+                    self._add(result, self.roots(base))  # a method: what is in its container, it reaches by that
                 elif name not in PLAIN:
                     self._add(result, self.parts(base))
             case ops.Item(result=result, object=base):

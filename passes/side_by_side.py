@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.traverse import regions, walk
 from nnsight_compiler.ir.values import Literal
-from nnsight_compiler.passes.memory import Fresh, Memory, Root, Roots
+from nnsight_compiler.passes.memory import Fresh, Memory, Name, Outside, Root, Roots, Weight
 from nnsight_compiler.passes.sink import common, defined_within, shows, used_within, waits, writes_of
 
 _PASSES = (ops.Backward, ops.Gradients)
@@ -28,7 +28,8 @@ class Schedule:
     """The times of ops that follow one another: how many forwards, or other things that strands wait for, come before
     each, one needing the other.
 
-    before: for each op the earlier ones that it needs, by their numbers; `last`: those that come after all earlier.
+    before: for each op the earlier ones that it needs, by their numbers, but for some that those need themselves;
+    `last`: those that come after all earlier.
     start: the time of each op. ends: the time after it.
     """
 
@@ -44,8 +45,7 @@ class Schedule:
             for op, wrote in zip(units, self.writes, strict=True)
         ]
         self.makers = {value.name: number for number, op in enumerate(units) for value in defined_within(op)}
-        self.writers = [number for number, wrote in enumerate(self.writes) if wrote]
-        self.before = [self._before(number) for number in range(len(units))]
+        self.before = [self._needs(number) | found for number, found in enumerate(self._conflicts())]
         self.start = self._earliest()
 
     def _outside(self, op: Op, roots: Roots) -> Roots:
@@ -57,18 +57,21 @@ class Schedule:
         made = (self.makers.get(value.name, number) for value in used_within(self.units[number]))
         return {each for each in made if each < number}
 
-    def _before(self, number: int) -> set[int]:
-        found = self._needs(number)
-        wrote, touched = self.writes[number], self.reads[number] | self.writes[number]
-        for earlier in range(number) if wrote else self.writers:
-            if earlier >= number:
-                break
-            changed = self.writes[earlier]
-            if (changed and self.memory.overlap(changed, touched)) or (
-                wrote and self.memory.overlap(wrote, self.reads[earlier])
-            ):
-                found.add(earlier)
-        return found
+    def _conflicts(self) -> Iterator[set[int]]:
+        """For each op the earlier ones that touch what it touches, where one of the two changes it; without those that
+        these come after in turn."""
+        names = frozenset(root for roots in (*self.reads, *self.writes) for root in roots if isinstance(root, Name))
+        last: dict[Hashable, int] = {}
+        since: dict[Hashable, list[int]] = {}
+        for number, (read, wrote) in enumerate(zip(self.reads, self.writes, strict=True)):
+            changed, looked_at = _keys(wrote, names), _keys(read, names)
+            found = {last[key] for key in changed | looked_at if key in last}
+            for key in changed:
+                found.update(since.pop(key, ()))
+                last[key] = number
+            for key in looked_at - changed:
+                since.setdefault(key, []).append(number)
+            yield found
 
     def _earliest(self) -> list[int]:
         start: list[int] = []
@@ -168,6 +171,20 @@ def _closure(number: int, needs: Callable[[int], set[int]]) -> set[int]:
         new = needs(waiting.pop()) - found
         found |= new
         waiting |= new
+    return found
+
+
+def _keys(roots: Roots, names: frozenset[Name]) -> set[Hashable]:
+    """What roots have in common, of those that ops of a stretch touch, if and only if they may be the same storage."""
+    found: set[Hashable] = set()
+    for root in roots:
+        match root:
+            case Outside() | Weight():
+                found.add("outside")
+            case Name(name=""):
+                found |= names
+            case _:
+                found.add(root)
     return found
 
 

@@ -8,6 +8,7 @@ from types import CellType, FunctionType
 from typing import Any
 
 from nnsight_compiler.ir.program import Program
+from nnsight_compiler.passes.bounded import MOST_OPS
 from nnsight_compiler.passes.sites import Order
 from nnsight_compiler.passes.streams import Streams, no_streams
 
@@ -26,6 +27,7 @@ class Subject:
     streams: says at which site a value of a block's residual stream stands.
     order: in which order a wrapped model runs its modules on these inputs (`None`: not known before the run).
     function: makes a Python function of a program that runs no model, as `runtime.functions.generate_function` does.
+    most_ops: what the program may be unrolled to.
     """
 
     arguments: Mapping[str, Any]
@@ -37,3 +39,4 @@ class Subject:
     streams: Streams = no_streams
     order: Callable[[Any, Inputs | None], Order] | None = None
     function: Callable[..., FunctionType] | None = None
+    most_ops: int = MOST_OPS

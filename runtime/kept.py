@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.program import Program
-from nnsight_compiler.ir.traverse import defined, definitions, used, walk
+from nnsight_compiler.ir.traverse import defined, definitions, users_by_forward, walk
 from nnsight_compiler.ir.types import Dimension, TensorType
 from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes.memory import Fresh, Memory, Root, Site
@@ -75,22 +75,23 @@ class Footprint:
 def footprints(program: Program) -> dict[str, Footprint]:
     """What the forwards of strands leave behind, by their results' names."""
     found: dict[str, Footprint] = {}
+    users: dict[str, set[str]] = {}
     for op in program.walk():
         if not isinstance(op, ops.Strand) and not (isinstance(op, ops.For) and op.together):
             continue
         memory = Memory.of(program, copies=True)
+        users = users or users_by_forward(program.body)
         forwards = [each for each in walk(op.body) if isinstance(each, ops.Forward)]
-        own = [found.get(each.result.name) or _footprint(each, program, memory) for each in forwards]
+        own = [found.get(each.result.name) or _footprint(each, users, memory) for each in forwards]
         strand = tuple(kept for each in own for kept in each.keeps)
         names = [each.result.name for each in forwards]
         found |= {name: replace(each, strand=strand) for name, each in zip(names, own, strict=True)}
     return found
 
 
-def _footprint(forward: ops.Forward, program: Program, memory: Memory) -> Footprint:
+def _footprint(forward: ops.Forward, users: Mapping[str, set[str]], memory: Memory) -> Footprint:
     made = tuple(definitions(forward.body))
-    inside = {id(op) for op in walk(forward.body)}
-    after = {value.name for op in program.walk() if id(op) not in inside for value in used(op)}
+    after = {value.name for value in made if users.get(value.name, set()) - {forward.result.name}}
     allowed = frozenset[Root](Fresh(value.name) for value in made)
     sites = [at for at in forward.body.ops if isinstance(at, ops.At)]
     return Footprint(

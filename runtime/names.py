@@ -35,6 +35,7 @@ class Names:
 
     def __init__(self, program: Program, reserved: Iterable[str] = ()) -> None:
         self._taken = {*_FORBIDDEN, *reserved}
+        self._next: dict[str, int] = {}
         self._found: dict[str, str] = {}
         self.outside: set[tuple[str, str]] = set()
         parameters = list(program.parameters)
@@ -73,10 +74,12 @@ class Names:
         stem = re.sub(r"\W", "_", hint) or "v"
         if stem[0].isdigit():
             stem = f"v{stem}"
-        name, number = stem, 0
+        number = self._next.get(stem, 0)
+        name = f"{stem}_{number}" if number else stem
         while name in self._taken or not name.isidentifier():
             number += 1
             name = f"{stem}_{number}"
+        self._next[stem] = number + 1
         self._taken.add(name)
         return name
 

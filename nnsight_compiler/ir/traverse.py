@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from nnsight_compiler.ir.ops import Argument, Closure, Element, FormatPart, Handler, Op, Parameter, Region
+from nnsight_compiler.ir.ops import Argument, Closure, Element, FormatPart, Forward, Handler, Op, Parameter, Region
 from nnsight_compiler.ir.values import Literal, Module, Operand, Slice, Tuple, Unbound, Value, map_operand, values_in
 
 AnOp = TypeVar("AnOp", bound=Op)
@@ -102,6 +102,22 @@ def walk(region: Region) -> Iterator[Op]:
         if _ROLES[type(op)][2]:
             for inner in regions(op):
                 yield from walk(inner)
+
+
+def users_by_forward(region: Region) -> dict[str, set[str]]:
+    """By the name of each value the forwards whose bodies use it, by the names of their results; an empty name stands
+    for all that is outside of them."""
+    found: dict[str, set[str]] = {}
+
+    def visit(region: Region, forward: str) -> None:
+        for op in region.ops:
+            for value in used(op):
+                found.setdefault(value.name, set()).add(forward)
+            for inner in regions(op):
+                visit(inner, op.result.name if isinstance(op, Forward) else forward)
+
+    visit(region, "")
+    return found
 
 
 def definitions(region: Region) -> Iterator[Value]:

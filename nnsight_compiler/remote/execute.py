@@ -25,6 +25,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.errors import FileError
 from nnsight_compiler.ir.program import Program
 from nnsight_compiler.models import NNsight
+from nnsight_compiler.passes.bounded import MOST_OPS_OF_JOBS
 from nnsight_compiler.remote.batch import constant, guarded, looped, shows
 from nnsight_compiler.remote.data import DataReader, Seen
 from nnsight_compiler.remote.errors import leave
@@ -161,6 +162,7 @@ class Executor:
                 self._loaded.move_to_end(digest)
                 return held
         namespace = Namespace(self.view(job), False, COMPUTED)
+        namespace.most_ops = MOST_OPS_OF_JOBS
         code = code_from(job.code, job.of("code"), namespace, block=True)
         namespace.link()
         if code.defaults:

@@ -152,8 +152,8 @@ class Admitter:
             known = None if kind[-1] is None else self._known.get(kind, compiled)
             if known is not None:
                 return Admitted(known, self.executor.group(job, given, compiled))
-        cost = _cost(loaded.cache, loaded.cache.given(given.values), bounds)
-        compiled = loaded.cache.get(given.values)
+        cost, lowered = _cost(loaded.cache, loaded.cache.given(given.values), bounds)
+        compiled = loaded.cache.get(given.values, lowered)
         kind = job.digest, bounds, kind_of(compiled, given.named, model)
         if kind[-1] is not None:
             self._known.keep(kind, compiled, cost)
@@ -164,7 +164,8 @@ def _bounds(limits: Limits) -> Bounds:
     return Bounds(limits.memory_bytes, limits.max_result_bytes, limits.forwards, limits.wall_seconds)
 
 
-def _cost(cache: Cache, arguments: Mapping[str, Any], bounds: Bounds) -> Cost:
+def _cost(cache: Cache, arguments: Mapping[str, Any], bounds: Bounds) -> tuple[Cost, Specialised]:
+    """What a run takes, and what the program is for it once the passes ran."""
     inferred: list[Program] = []
 
     def seen(result: PassResult) -> None:
@@ -177,7 +178,7 @@ def _cost(cache: Cache, arguments: Mapping[str, Any], bounds: Bounds) -> Cost:
     found = footprint(inferred[0], Surroundings(arguments, cache.globals, cache.closure), asked.extent, bounds)
     if found.excesses:
         _refuse(found.excesses)
-    return _estimated(lowered, found, bounds)
+    return _estimated(lowered, found, bounds), lowered
 
 
 def _estimated(lowered: Specialised, found: Footprint, bounds: Bounds) -> Cost:

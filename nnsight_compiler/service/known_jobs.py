@@ -28,7 +28,8 @@ LONGEST = 2**16
 DATA = ("data.", "state.")
 """What the names of tensors begin with whose content no check looks at."""
 
-K, V = TypeVar("K", bound=Hashable), TypeVar("V")
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 @final

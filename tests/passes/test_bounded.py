@@ -13,9 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from nnsight_compiler import CompileError, NNsight, intervene
-from nnsight_compiler.passes import interpretation
-from nnsight_compiler.passes.bounded import BITS, CHARACTERS, LONGEST, MAX_WORK, length_of, may_apply, may_call
+from nnsight_compiler import CompileError, NNsight, compilation, intervene
+from nnsight_compiler.passes.bounded import (
+    BITS,
+    CHARACTERS,
+    LONGEST,
+    MOST_OPS,
+    MOST_OPS_OF_JOBS,
+    length_of,
+    may_apply,
+    may_call,
+)
 
 HUGE = 10**9
 LARGE = 1 << BITS
@@ -194,8 +202,11 @@ def test_a_loop_over_modules_with_too_many_rounds(net: NNsight) -> None:
     with pytest.raises(CompileError) as caught:
         intervene(unrolled)(net, x, 10**12)
     (told,) = caught.value.diagnostics
-    assert told.reason == "this names modules for each of 1,000,000,000,000 rounds, and 100,000 are the most"
-    assert told.way_out == "go over the modules themselves, or fewer numbers"
+    assert told.reason == (
+        "this loop names modules, so that it is unrolled round by round, and comes to more than 250,000 ops"
+    )
+    assert told.way_out.startswith("go over fewer modules at once, in several calls")
+    assert told.related == ()
     assert told.span.line == unrolled.__code__.co_firstlineno + 2
 
 
@@ -243,30 +254,125 @@ def nested_rounds(net, x):
     return out
 
 
+MANY = dict.fromkeys(range(10**6), 1)
+
+
+def nested_numbers(net, x):
+    with net.trace(x):
+        for first in range(300):
+            for second in range(300):
+                out = net.h[(first + second) % 3].output
+    return out
+
+
+def a_long_range(net, x):
+    with net.trace(x):
+        for number in range(10**12):
+            out = net.h[number % 3].output
+    return out
+
+
+def a_long_text(net, x, text="abc" * 10**6):
+    with net.trace(x):
+        for letter in text:
+            out = net.h[ord(letter) % 3].output
+    return out
+
+
+def a_long_list(net, x, numbers=[1] * 10**6):
+    with net.trace(x):
+        for number in numbers:
+            out = net.h[number].output
+    return out
+
+
+def a_long_dict(net, x, numbers=MANY):
+    with net.trace(x):
+        for _, number in numbers.items():
+            out = net.h[number].output
+    return out
+
+
+def long_columns(net, x):
+    with net.trace(x):
+        for number, letter in zip(range(10**6), "abc" * 10**5, strict=False):
+            out = net.h[(number + ord(letter)) % 3].output
+    return out
+
+
+def long_counts(net, x):
+    with net.trace(x):
+        for number, _ in enumerate(range(10**6)):
+            out = net.h[number % 3].output
+    return out
+
+
+def a_while_without_end(net, x):
+    number = 0
+    with net.trace(x):
+        while number >= 0:
+            out = net.h[number % 3].output
+            number = number + 1
+    return out
+
+
+def twice(module, depth):
+    return module.output if depth == 0 else twice(module, depth - 1) + twice(module, depth - 1)
+
+
+def many_helpers(net, x):
+    with net.trace(x):
+        out = twice(net.h[0], 40)
+    return out
+
+
+UNROLLED = "this loop names modules, so that it is unrolled round by round, and comes to more than 10,000 ops"
+HELD = "this holds more than 10,000 values, itself counted as often as it is held"
+GROWN = "this program is unrolled to more than 10,000 ops"
+FEWER = "go over fewer modules at once, in several calls, and keep what names no module in a loop of its own"
+
+
 @pytest.mark.parametrize(
-    ("function", "line", "what"),
+    ("function", "place", "reason", "way_out"),
     [
-        (nested_tuples, 3, "holds itself too often"),
-        (nested_lists, 4, "holds itself too often"),
-        (nested_rounds, 6, "comes to more than 10,000 ops"),
+        (nested_tuples, (3, 8), HELD, "keep what names no module in a loop of its own"),
+        (nested_lists, (4, 19), HELD, "keep what names no module in a loop of its own"),
+        (nested_rounds, (3, 8), UNROLLED, FEWER),
+        (nested_numbers, (2, 8), UNROLLED, FEWER),
+        (a_long_range, (2, 8), UNROLLED, FEWER),
+        (a_long_text, (2, 8), UNROLLED, FEWER),
+        (a_long_list, (2, 8), UNROLLED, FEWER),
+        (a_long_dict, (2, 8), UNROLLED, FEWER),
+        (long_columns, (2, 8), UNROLLED, FEWER),
+        (long_counts, (2, 8), UNROLLED, FEWER),
+        (a_while_without_end, (3, 8), UNROLLED, FEWER),
+        (many_helpers, (-3, 11), GROWN, "call fewer helpers, and keep what names no module in a loop of its own"),
     ],
 )
 def test_programs_that_grow_without_end(
-    net: NNsight, monkeypatch: pytest.MonkeyPatch, function: Any, line: int, what: str
+    net: NNsight,
+    monkeypatch: pytest.MonkeyPatch,
+    function: Any,
+    place: tuple[int, int],
+    reason: str,
+    way_out: str,
 ) -> None:
-    monkeypatch.setattr(interpretation, "MAX_WORK", 10_000)  # to come to the real bound takes many seconds
+    monkeypatch.setattr(compilation, "MOST_OPS", 10_000)
+    experiment = intervene(function)
+    begun = time.process_time()
     with pytest.raises(CompileError) as caught:
-        intervene(function)(net, torch.ones(1, 4))
+        experiment(net, torch.ones(1, 4))
+    assert time.process_time() - begun < 3
     (told,) = caught.value.diagnostics
-    assert told.reason == f"what this is unrolled to {what}"
-    assert told.way_out.startswith("go over fewer modules in one forward")
-    assert told.span.line == function.__code__.co_firstlineno + line
+    assert (told.reason, told.way_out) == (reason, way_out)
+    assert (told.span.file, told.span.line - function.__code__.co_firstlineno) == (__file__, place[0])
+    assert told.span.column == place[1]
 
 
-def test_the_page_on_passes_tells_the_bound() -> None:
+def test_the_page_on_passes_tells_the_bounds() -> None:
     page = (Path(__file__).parents[2] / "docs" / "passes.md").read_text()
-    assert f"unrolled to more than {MAX_WORK:,} ops" in page
-    assert interpretation.MAX_WORK == MAX_WORK
+    assert f"unrolled to more than {MOST_OPS:,} ops" in page
+    assert f"({MOST_OPS_OF_JOBS:,} for a job of a service" in page
 
 
 def in_pieces(net, x):

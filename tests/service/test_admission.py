@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from nnsight_compiler import Experiment, LanguageModel, intervene
 from nnsight_compiler.ir import errors
+from nnsight_compiler.passes.bounded import MOST_OPS_OF_JOBS
 from nnsight_compiler.remote.execute import Executor
 from nnsight_compiler.service.admission import Admitter, Cost, NotAdmittedError
 
@@ -384,6 +385,63 @@ def lines_of(function: Callable[..., Any]) -> list[tuple[int, str]]:
     first = code.co_firstlineno
     last = max(line for _, _, line in code.co_lines() if line is not None)
     return [(number, held[number - 1]) for number in range(first, last + 1)]
+
+
+def a_text(model, prompt):
+    with model.trace(prompt):
+        for letter in "abcde" * 1000:  # unrolled
+            hidden = model.layers[ord(letter) % 3].output
+    return hidden
+
+
+def a_range(model, prompt):
+    found = []
+    for number in range(5000):  # unrolled
+        with model.trace(prompt):
+            found.append(model.layers[number % 3].output[0, -1, 0])
+    return found
+
+
+def numbers_of_numbers(model, prompt):
+    found = []
+    for layer in range(3):  # unrolled
+        for number in range(1000):
+            with model.trace(prompt):
+                model.layers[(layer + number) % 3].output[:, -1] = 0
+                found.append(model.lm_head.output[0, -1, 0])
+    return found
+
+
+@pytest.mark.parametrize("function", [a_text, a_range, numbers_of_numbers])
+def test_what_is_unrolled_too_far_is_refused_at_once(model: LanguageModel, function: Callable[..., Any]) -> None:
+    (line,) = (number for number, text in lines_of(function) if text.endswith("  # unrolled"))
+    begun = time.process_time()
+    with pytest.raises(NotAdmittedError) as caught:
+        admit(intervene(function), {"model": model, "prompt": PROMPT}, Limits(forwards=10**6))
+    assert time.process_time() - begun < 3
+    (told,) = caught.value.diagnostics
+    assert (told.span.file, told.span.line) == (__file__, line)
+    assert told.reason == (
+        f"this loop names modules, so that it is unrolled round by round, and comes to more than {MOST_OPS_OF_JOBS:,}"
+        " ops"
+    )
+    assert told.way_out.startswith("go over fewer modules at once, in several calls, and keep what names no module")
+
+
+def patchscope(model, prompt):
+    found = []
+    for source in range(12):
+        for target in range(12):
+            with model.trace(prompt):
+                held = model.layers[source % 3].output[:, -1]
+            with model.trace("The Colosseum is in"):
+                model.layers[target % 3].output[:, -1] = held
+                found.append(model.lm_head.output[0, -1, 7])
+    return found
+
+
+def test_a_sweep_over_pairs_of_layers_is_admitted(model: LanguageModel) -> None:
+    assert admit(intervene(patchscope), {"model": model, "prompt": PROMPT}, Limits()).forwards > 144
 
 
 def test_limits_are_those_of_the_tenant(model: LanguageModel) -> None:
