@@ -227,6 +227,7 @@ class _Elimination:
             case (
                 ops.Stage()
                 | ops.Session()
+                | ops.Postponed()
                 | ops.Strands()
                 | ops.Strand()
                 | ops.Invoke()

@@ -51,7 +51,7 @@ from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes.inline import FUSED_CALL
 from nnsight_compiler.passes.memory import Fresh, Memory, Root, Roots
 from nnsight_compiler.passes.remarks import Remarks
-from nnsight_compiler.passes.sink import Sinking, common, postponed, shows, used_within, waits, writes_of
+from nnsight_compiler.passes.sink import Sinking, common, lasts, postponed, shows, used_within, waits, writes_of
 from nnsight_compiler.passes.strands import Fuses, WhyNot, forward_hindrance, hindrance, is_fused, runs
 
 NAME = "merge_forwards"
@@ -114,7 +114,7 @@ class _Merging:
             if reason is not None:
                 raise _RefusedError(forward, reason)
         own = frozenset[Root](Fresh(value.name) for op in walk(loop.body) for value in defined(op))
-        sinking = Sinking(memory, own, self.builder)
+        sinking = Sinking(memory, own, self.builder, postpones=True)
         body: list[Op] = []
         for op in loop.body.ops:
             if not isinstance(op, ops.Forward):
@@ -135,7 +135,7 @@ class _Merging:
         """Moves it on, behind the last forward. What ops may touch does not depend on their order, so that the analysis
         holds before and after."""
         made = self.made[id(loop)]
-        late = postponed(made.body.ops, self.own[id(loop)], memory)
+        late = postponed(made.body.ops, self.own[id(loop)], memory, self.builder)
         made = self.made[id(loop)] = replace(made, body=Region(made.body.parameters, late))
         _require_apart(memory, made)
 
@@ -207,6 +207,10 @@ def _require_apart(memory: Memory, loop: ops.For) -> None:
             shown.setdefault(part, op)
     if len(shown) > 1:
         raise _RefusedError(list(shown.values())[1], "rounds print, or measure, before and after their forwards")
+    end = sum(map(waits, loop.body.ops))
+    for part, op in touches:
+        if part != end and lasts(op, memory) and (shows(op, memory) or common(writes_of(op, memory), own)):
+            raise _RefusedError(op, "a round may fail after the next one changed or showed something")
     for part, op, changed in written:
         for each, roots in given:
             if memory.overlap(changed, common(roots, own)):
