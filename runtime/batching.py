@@ -3,6 +3,9 @@
 Requests of one plan whose inputs have equal shapes share a forward, up to the size at which more rows gain nothing and
 up to the memory that they may use; with padding, also those whose inputs are about as long. Each sees its own rows at
 each site, as invokes do. Where memory runs out all the same, half as many are tried.
+
+Where what a strand does at a site fails, it does no more in that forward, and the others go on: the exception is raised in
+its strand. What the model itself raises belongs to the strand for which it raises it where each runs by itself.
 """
 
 from __future__ import annotations
@@ -253,7 +256,7 @@ class Batcher:
             running.generation.sizes = sizes
         kind = None if padded else shapes_of(*first.inputs)
         shares, plans = tuple(share for share, _ in members), tuple(each.forward for each in group)
-        running = replace(running, sites=functions, shares=shares, plans=plans, kind=kind)
+        running = replace(running, sites=functions, shares=shares, plans=plans, kind=kind, strands=tuple(group))
         if first.base is None or not forward.resumes(running):
             return running
         held = first.base.values()
@@ -352,11 +355,12 @@ def _refused(request: Request, why: str) -> None:
 
 def _forget(group: Sequence[Request]) -> None:
     for each in group:
+        each.failure = None
         each.forward.forget([each.state])
 
 
-Member = tuple[Share, Any, SiteFunction]
-"""What a strand has at a site: its rows, its state, its function."""
+Member = tuple[Share, Request, SiteFunction]
+"""What a strand has at a site: its rows, what it asked for, its function."""
 
 
 def _by_site(members: Sequence[tuple[Share, Request]]) -> dict[object, list[Member]]:
@@ -364,7 +368,7 @@ def _by_site(members: Sequence[tuple[Share, Request]]) -> dict[object, list[Memb
     found: dict[object, list[Member]] = defaultdict(list)
     for share, each in members:
         for own in each.forward.sites:
-            found[own.name].append((share, each.state, own.function))
+            found[own.name].append((share, each, own.function))
     return found
 
 
@@ -382,14 +386,34 @@ def _in_rows(site: SitePlan, axes: SiteAxes, members: Sequence[Member]) -> SiteF
 
     def divided(value: Any) -> Any:
         whole = Divided(value, axes)
-        lasting = [each for each in members if each[0].length is None or each[0].sizes.step < each[0].length]
+        lasting = [each for each in members if _goes_on(*each[:2])]
         with plainly(value):
             parts = [whole.read(share) for share, _, _ in lasting]
-        results = [function(own, state) for own, (_, state, function) in zip(parts, lasting, strict=True)]
+        results = [_result(function, own, each) for own, (_, each, function) in zip(parts, lasting, strict=True)]
         with plainly((value, results)):
-            for made, own, (share, _, _) in zip(results, parts, lasting, strict=True):
-                if made is not own:
+            for made, own, (share, each, _) in zip(results, parts, lasting, strict=True):
+                if made is own:
+                    continue
+                try:
                     whole.replace(share, made, where)
+                except RunError as error:
+                    each.failure = error
             return whole.whole()
 
     return in_rows
+
+
+def _goes_on(share: Share, request: Request) -> bool:
+    """Whether a strand still acts in a forward: its sequences have not ended, and nothing that it did failed."""
+    return request.failure is None and (share.length is None or share.sizes.step < share.length)
+
+
+def _result(function: SiteFunction, own: Any, request: Request) -> Any:
+    """What a strand makes of its rows; the rows as they are where that fails."""
+    try:
+        return function(own, request.state)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        request.failure = error
+        return own

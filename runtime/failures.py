@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
-from typing import final
+from typing import Any, final
+
+FAILED: Any = object()
+"""What a strand asks for that failed: to go on once all before it have ended, and to be the last."""
 
 
 @final
@@ -23,6 +27,11 @@ class Failure:
             return False
         self.error = error
         return True
+
+    def turn(self) -> Iterator[Any]:
+        """Where a round that failed waits for those before it."""
+        if self.error is not None:
+            yield FAILED
 
     def unless(self, reached: bool) -> None:
         """Raises it, unless the round had come to what follows."""

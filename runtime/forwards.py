@@ -70,6 +70,7 @@ class Running:
 
     args, kwargs: what the model is given.
     states: the state of each strand that takes part in it. plans: the plan of each, where they have different ones.
+    strands: what each asked for, which has the `failure` of those that failed.
     sites: the plan's sites with the functions that act in this run.
     shares: where several strands take part, what each brought.
     replaced: for modules that do not run, by their paths, what is called instead.
@@ -95,6 +96,7 @@ class Running:
     fired: list[int] = field(default_factory=list)
     generation: Generation | None = None
     plans: tuple[Forward, ...] = ()
+    strands: tuple[Any, ...] = ()
 
 
 @final
@@ -325,8 +327,9 @@ class Forward:
             for share, plan in zip(running.shares, plans, strict=False):
                 assert plan.generation is not None
                 generation.finish(plan.generation.steps, share.length or generation.count)
-            for own, of, plan in zip(running.shares or (None,), running.states, plans, strict=True):
-                for site in plan.results:
+            failed = [each.failure is not None for each in running.strands] or [False] * len(running.states)
+            for own, of, plan, over in zip(running.shares or (None,), running.states, plans, failed, strict=True):
+                for site in () if over else plan.results:
                     site.function(result if own is None else own.result(result), of)
             return
         self._check(root, fired, stopped, state)

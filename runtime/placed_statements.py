@@ -178,6 +178,8 @@ class PlacedStatements(Statements):
         guarded = super().within(Region((), early), replace(exits, falls=False))
         made: list[ast.stmt] = [*before, ast.Assign(targets=[ast.Name(name, ast.Store())], value=held)]
         made.append(ast.With(items=[ast.withitem(context_expr=load(name))], body=guarded))
+        turn = ast.Attribute(value=load(name), attr="turn", ctx=ast.Load())
+        made.append(ast.Expr(value=ast.YieldFrom(value=ast.Call(func=turn, args=[], keywords=[]))))
         for op in late:
             assert isinstance(op, Postponed), "what is postponed stands together"
             made.append(_raised(name, self._reached(op)))

@@ -4,7 +4,8 @@ A strand is a generator. It yields the forwards that it waits for, and goes on w
 are served at once, so that their forwards can be rows of one.
 
 Where one fails, those after it go no further, and those before it go on to their ends, as they would have by then: one
-of them may fail too, and its exception is the one that is raised.
+of them may fail too, and its exception is the one that is raised. What the one that fails had come to, and does to other
+things, comes last.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from nnsight_compiler.runtime.batching import Batcher, Filling, is_seen
 from nnsight_compiler.runtime.budget import Allowance
+from nnsight_compiler.runtime.failures import FAILED
 from nnsight_compiler.runtime.requests import Requests, forwards_in
 
 Strand = Generator[Requests, None, None]
@@ -71,7 +73,8 @@ class Together:
         allowance = self._running.allowance
         assert allowance is not None, "strands run inside of a call that began"
         failure: Exception | None = None
-        while failure is None:
+        failed: Strand | None = None
+        while failure is None and failed is None:
             waiting: list[tuple[Strand, Requests]] = []
             filling = Filling(self.batcher, allowance)
             try:
@@ -79,6 +82,9 @@ class Together:
                     requests = next(each, None)
                     if requests is None:
                         continue
+                    if requests is FAILED:
+                        failed = each
+                        break
                     waiting.append((each, requests))
                     if prefetches and len(waiting) == 1:
                         prefetches = not any(map(is_seen, forwards_in(requests)))
@@ -86,7 +92,7 @@ class Together:
                         break
             except Exception as error:
                 failure = error
-            if not waiting and failure is None:
+            if not waiting and failure is None and failed is None:
                 return
             while waiting:
                 yield tuple(request for _, requests in waiting for request in requests)
@@ -95,11 +101,18 @@ class Together:
                     try:
                         found = next(each, None)
                     except Exception as error:
-                        failure = error
+                        failure, failed = error, None
+                        break
+                    if found is FAILED:
+                        failure, failed = None, each
                         break
                     if found is not None:
                         going.append((each, found))
                 waiting = going
+        if failed is not None:
+            next(failed)
+            raise AssertionError("a strand that failed raises what it failed with")
+        assert failure is not None
         try:
             raise failure
         finally:

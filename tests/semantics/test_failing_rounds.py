@@ -484,6 +484,193 @@ def losses_of_no_value(model, start, stop, log, vector, leaf):
         log.append(grad)
 
 
+# --- what is shown alone ---
+
+
+@intervene
+def shows_around_forwards(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        print("begins", number)
+        scale = 1 / (3 - number) if number > 1 else 1
+        with model.trace(x):
+            model.layers[0].output *= scale
+            low = model.layers[0].output[0, 0].save()
+            print("low", number)
+        print("between", number, low.shape)
+        with model.trace(x):
+            model.layers[0].output[0, -1] = low
+            print("inside", number)
+            out = model.layers[1].output[0, 0].save()
+        print("ends", out.shape)
+
+
+@intervene
+def shows_between_forwards(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            low = model.layers[0].output[0, 0].save()
+        print("between", number, low.shape)
+        with model.trace(x):
+            model.layers[0].output[0, -1] = low
+            out = model.layers[1].output[0, number].save()
+        print("ends", out.shape)
+
+
+@intervene
+def shows_in_the_first_forward(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            print("first", number, model.layers[0].output.shape)
+            low = model.layers[1].output[0, number].save()
+        print("between", number)
+        with model.trace(x):
+            model.layers[0].output[0, -1] = low
+            out = model.layers[1].output[0, 0].save()
+        print("ends", out.shape)
+
+
+@intervene
+def shows_what_is_made_in_place(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        total = x[0, 0].clone()
+        with model.trace(x):
+            total += model.layers[0].output[0, 0]
+            print("half", number, float(total.sum()) > 1e9)
+            total += model.layers[1].output[0, number]
+        print("total", number, float(total.sum()) > 1e9)
+
+
+@intervene
+def shows_what_a_function_does(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            print("before", number)
+            model.layers[1].output = scaled(model.layers[1].output, 3 - number)
+            out = model.head.output[0, -1]
+        print("after", number, out.shape)
+
+
+@intervene
+def shows_what_the_head_gives(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            print("looked", number, model.head(model.layers[0].output)[0, 0].shape)
+            out = model.layers[1].output[0, number]
+        print("after", number, out.shape)
+
+
+@intervene
+def shows_a_bad_call(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            print("before", number, model.layers[0].output.shape)
+            row = torch.stack(model.layers[1].output[0].unbind()[number:])
+            print("after", number, row.shape)
+
+
+@intervene
+def shows_gradients(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            hidden = model.layers[1].output
+            loss = model.head.output[0, -1, 0]
+            with loss.backward():
+                print("grad", number, hidden.grad.shape)
+                print("at", hidden.grad[0, number].shape)
+
+
+@intervene
+def shows_changed_gradients(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            early, late = model.layers[0].output, model.layers[1].output
+            loss = model.head.output[0, -1, 0]
+            print("loss", number)
+            with loss.backward():
+                late.grad[:, number] = 0
+                grad = early.grad.clone()
+        print("grad", number, grad.shape)
+
+
+@intervene
+def shows_as_gradients_arrive(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            early, late = model.layers[0].output, model.layers[1].output
+            loss = model.head.output[0, -1, 0]
+            with loss.backward():
+                print("late", number, late.grad.shape)
+                late.grad[:, number] = 0
+                print("early", number, early.grad.shape)
+
+
+@intervene
+def shows_after_a_gradient_of_a_leaf(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            model.layers[0].output[:, -1] += leaf
+            late = model.layers[1].output
+            loss = model.head.output[0, -1, 0]
+            with loss.backward():
+                grad = late.grad.clone()
+        print("done", grad.shape, 1 / (3 - number))
+
+
+@intervene
+def shows_after_what_a_leaf_is_in(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            model.layers[0].output[:, -1] += leaf
+            loss = model.head.output[0, -1, 0]
+        loss.backward()
+        print("done", loss.shape, 1 / (3 - number))
+
+
+@intervene
+def shows_wanted_gradients(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            hidden = model.layers[1].output
+            loss = model.head.output[0, -1, 0]
+        print("loss", number)
+        (grad,) = torch.autograd.grad(loss * (1 / (3 - number)), [hidden])
+        print("grad", grad.shape)
+
+
+@intervene
+def shows_losses_of_no_value(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    for number in range(start, stop):
+        with model.trace(x):
+            hidden = model.layers[1].output
+            loss = model.head.output[0, -1, 0]
+            if number == 3:
+                loss = loss.detach()
+            with loss.backward():
+                grad = hidden.grad.clone()
+            print("grad", number, grad.shape)
+
+
+SHOWN = [
+    shows_around_forwards, shows_between_forwards, shows_in_the_first_forward, shows_what_is_made_in_place,
+    shows_what_a_function_does, shows_what_the_head_gives, shows_a_bad_call, shows_gradients, shows_changed_gradients,
+    shows_as_gradients_arrive, shows_after_a_gradient_of_a_leaf, shows_after_what_a_leaf_is_in, shows_wanted_gradients,
+    shows_losses_of_no_value,
+]  # fmt: skip
+
 PROGRAMS = [
     prints_then_index, appends_then_index, writes_then_index, writes_out_of_range, counts_then_divides,
     prints_without_values, fails_in_a_function, fails_in_a_nested_function, fails_in_a_call, raises, asserts, looks_up,
@@ -491,6 +678,7 @@ PROGRAMS = [
     made_in_place, held_by_the_caller, held_by_the_caller_from_the_start, calls_the_head, handled_around_the_loop,
     handled_around_the_trace, broken_off, finally_after_the_trace, gradients_then_index, gradients_changed,
     gradients_printed, gradients_of_a_leaf, fails_after_a_leaf_has_its_gradient, wanted_then_index, losses_of_no_value,
+    *SHOWN,
 ]  # fmt: skip
 
 
