@@ -8,8 +8,8 @@
                                                     %7 = call %6(%5) as method.append
 
 What is left at the sites changes nothing but the values there and what the forward itself makes: it can run again, and
-in another order than other forwards. What others see moves as `postponed`, where lines that stay may fail behind it: where
-it stood, a `keep` notes that the forward came to it, so that it runs although a later line fails.
+in another order than other forwards. What others see moves as `postponed`, where lines that stay may fail behind it:
+where it stood, a `keep` notes that the forward came to it, so that it runs although a later line fails.
 
     at %model@h.3 output                            at %model@h.3 output
       %3 = read %model@h.3 output                     %3 = read %model@h.3 output
@@ -129,7 +129,9 @@ def _before_failures(groups: Sequence[Sequence[Op]], last: Op, memory: Memory) -
     """How many of these groups, which move, come before a line that stays and may fail, up to the last that others
     see."""
     followed = groups if groups[-1][-1] is not last else groups[:-1]
-    return max((number for number, group in enumerate(followed, 1) if any(lasts(op, memory) for op in group)), default=0)
+    return max(
+        (number for number, group in enumerate(followed, 1) if any(lasts(op, memory) for op in group)), default=0
+    )
 
 
 def waits(op: Op) -> bool:
@@ -220,7 +222,9 @@ def _postponed(held: Sequence[Op], builder: Builder) -> tuple[ops.Save, ops.Post
     """What notes that a round came to some ops, and these ops, which run later."""
     reached = builder.fresh("reached")
     span = held[0].span
-    return ops.Save(reached, Literal(True), copy=False, span=span), ops.Postponed(reached, Region((), tuple(held)), span=span)
+    return ops.Save(reached, Literal(True), copy=False, span=span), ops.Postponed(
+        reached, Region((), tuple(held)), span=span
+    )
 
 
 def _conflict(op: Op, later: Op, memory: Memory) -> bool:

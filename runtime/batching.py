@@ -4,8 +4,8 @@ Requests of one plan whose inputs have equal shapes share a forward, up to the s
 up to the memory that they may use; with padding, also those whose inputs are about as long. Each sees its own rows at
 each site, as invokes do. Where memory runs out all the same, half as many are tried.
 
-Where what a strand does at a site fails, it does no more in that forward, and the others go on: the exception is raised in
-its strand. What the model itself raises belongs to the strand for which it raises it where each runs by itself.
+Where what a strand does at a site fails, it does no more in that forward, and the others go on: the exception is raised
+in its strand. What the model itself raises is that of the strand for which it raises it where each runs by itself.
 """
 
 from __future__ import annotations
@@ -22,19 +22,12 @@ from nnsight_compiler.ir.errors import ModelError, RunError
 from nnsight_compiler.passes.remarks import Remark
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.runtime.axes import AxisError
+from nnsight_compiler.runtime.backward_passes import BackwardRequest, GradientsRequest, run_backwards, run_gradients
 from nnsight_compiler.runtime.budget import Allowance, Needs, is_out_of_memory
 from nnsight_compiler.runtime.calls import CallRequest, run_calls
 from nnsight_compiler.runtime.formulas import Opaque
 from nnsight_compiler.runtime.forwards import Confirm, Forward, Given, Running, shapes_of
-from nnsight_compiler.runtime.gradients import (
-    BackwardRequest,
-    GradientsRequest,
-    of_rows,
-    plainly,
-    require,
-    run_backwards,
-    run_gradients,
-)
+from nnsight_compiler.runtime.gradients import of_rows, plainly, require
 from nnsight_compiler.runtime.hooks import SiteFunction, SitePlan, are_watched
 from nnsight_compiler.runtime.joint import joint
 from nnsight_compiler.runtime.prefixes import repeated

@@ -8,8 +8,7 @@ them complete, at the node that made the value, so that one pass serves all of t
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
@@ -23,6 +22,9 @@ from torch.utils._pytree import tree_leaves
 from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.assignments import described
+
+Arrival = Callable[[tuple[torch.Tensor | None, ...]], tuple[torch.Tensor | None, ...] | None]
+"""What autograd calls where gradients arrive: it may give others in their place."""
 
 AGAIN = "backward through the graph a second time"
 """What torch says where a graph was used before, and freed."""
@@ -354,6 +356,10 @@ class Backward:
         )
 
     def hook(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Any:
+        return tracked.edge.node.register_prehook(self.arrival(number, tracked, arrived, state))
+
+    def arrival(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Arrival:
+        """What is done where the gradient of a piece arrives."""
         piece, position = self.pieces[number], tracked.edge.output_nr
         function = piece.function
         assert function is not None
@@ -383,7 +389,7 @@ class Backward:
                     part.copy_(result)
             return (*gradients[:position], whole, *gradients[position + 1 :])
 
-        return tracked.edge.node.register_prehook(hook)
+        return hook
 
     def explained(self, error: RuntimeError) -> Exception:
         if AGAIN in str(error):
@@ -402,29 +408,35 @@ class Backward:
         )
 
 
-def _spare(loss: torch.Tensor, models: tuple[Any, ...], named: tuple[str, ...]) -> list[Any]:
-    """Has the weights of these models accumulate nothing where a loss reaches them, but for those that are named."""
+def spared(models: Iterable[Any], named: tuple[str, ...]) -> set[int]:
+    """The identities of the weights of these models that accumulate nothing: all but those that are named."""
     weights: set[int] = set()
     for model in models:
         counting = _parameters(model._module, named)
         weights.update(
             id(each) for each in model._module.parameters() if each.requires_grad and id(each) not in counting
         )
+    return weights
+
+
+def _spare(loss: torch.Tensor, models: tuple[Any, ...], named: tuple[str, ...]) -> list[Any]:
+    """Has the weights of these models accumulate nothing where a loss reaches them, but for those that are named."""
+    weights = spared(models, named)
     if not weights:
         return []
     return [
         node.register_prehook(lambda gradients: (None,) * len(gradients))
-        for node in _leaves(loss)
+        for node in leaves_of(loss)
         if id(node.variable) in weights
     ]
 
 
-def _leaves(loss: torch.Tensor) -> Iterator[Any]:
+def leaves_of(loss: torch.Tensor) -> Iterator[Any]:
     """The nodes at which a backward pass from a loss would accumulate gradients."""
-    return (node for node in _reached(loss) if hasattr(node, "variable"))
+    return (node for node in reached(loss) if hasattr(node, "variable"))
 
 
-def _reached(loss: torch.Tensor) -> Iterator[Any]:
+def reached(loss: torch.Tensor) -> Iterator[Any]:
     """The nodes through which a backward pass from a loss would go."""
     waiting: list[Any] = [get_gradient_edge(loss).node] if loss.requires_grad else []
     seen = set(waiting)
@@ -450,120 +462,3 @@ def gradients(
         gradient if gradient is None or each.part is None else each.part_of(gradient)
         for each, gradient in zip(tracked, found, strict=True)
     )
-
-
-# --- of several strands ---
-
-
-@final
-@dataclass(slots=True, eq=False)
-class BackwardRequest:
-    """A backward pass that a strand waits for. `failure`: what it raised."""
-
-    plan: Backward
-    loss: Any
-    tracked: tuple[Tracked, ...]
-    models: tuple[Any, ...]
-    state: Any
-    failure: Exception | None = None
-
-
-@final
-@dataclass(slots=True, eq=False)
-class GradientsRequest:
-    """Gradients that a strand waits for: `found`, once they are there. `failure`: what it raised."""
-
-    outputs: Any
-    tracked: tuple[Tracked, ...]
-    where: str
-    found: tuple[Any, ...] = ()
-    failure: Exception | None = None
-
-    @property
-    def loss(self) -> Any:
-        """The tensor that is differentiated, where it is one."""
-        leaves = tree_leaves(self.outputs)
-        return leaves[0] if len(leaves) == 1 else None
-
-
-def summed(losses: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the losses of several strands."""
-    return losses[0] if len(losses) == 1 else torch.stack([each.reshape(()) for each in losses]).sum()
-
-
-def run_backwards(passes: Sequence[BackwardRequest]) -> None:
-    """Runs backward passes, as one where they can be; else up to the first that fails."""
-    if len(passes) > 1 and _are_apart(passes):
-        _run_together(passes)
-        return
-    for number, each in enumerate(passes, 1):
-        keeps = {"retain_graph": True} if number < len(passes) else {}  # they may be of rows of one forward
-        try:
-            each.plan.run(each.loss, (), keeps, each.tracked, each.models, each.state)
-        except Exception as error:
-            each.failure = error
-            return
-
-
-def _run_together(passes: Sequence[BackwardRequest]) -> None:
-    """Runs several passes as one. Their losses depend on rows of their own, so that the gradient of the sum has that of
-    each in its rows."""
-    first = passes[0].plan
-    handles: list[Any] = []
-    arrived = [[False] * len(each.plan.pieces) for each in passes]
-    for each, of in zip(passes, arrived, strict=True):
-        handles += [each.plan.hook(number, value, of, each.state) for number, value in enumerate(each.tracked)]
-    total = summed([each.loss for each in passes])
-    handles += _spare(
-        total, tuple({id(model): model for each in passes for model in each.models}.values()), first.named
-    )
-    try:
-        total.backward()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise first.explained(error) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    for each, of in zip(passes, arrived, strict=True):
-        each.plan.check_arrived(of)
-
-
-def _are_apart(requests: Sequence[BackwardRequest | GradientsRequest]) -> bool:
-    """Whether the sum of the losses has the gradients that each of these asks for: each loss is a number that depends
-    on the values whose gradients are asked for with it, and on none of which another is asked for. So it is with rows
-    of a forward, of which each loss has its own; a tensor that the program had before may be in all of them."""
-    own = [{each.edge.node for each in one.tracked if each.part is None} for one in requests]
-    asked = Counter(node for nodes in own for node in nodes)
-    for one, nodes in zip(requests, own, strict=True):
-        if not isinstance(one.loss, torch.Tensor) or one.loss.numel() != 1 or not one.loss.requires_grad:
-            return False
-        reached = set(_reached(one.loss))
-        if any(each.edge.node not in reached for each in one.tracked):
-            return False
-        if any(times > (node in nodes) and node in reached for node, times in asked.items()):
-            return False
-    return True
-
-
-def run_gradients(requests: Sequence[GradientsRequest]) -> None:
-    """Takes gradients, at once where that gives the same; else up to the first that fails."""
-    if len(requests) < 2 or not _are_apart(requests):
-        for number, each in enumerate(requests, 1):
-            # The rows of one forward are recorded as one, which the last of them frees.
-            keeps = {"retain_graph": True} if number < len(requests) else {}
-            try:
-                each.found = gradients(each.outputs, each.tracked, (), keeps, each.where)
-            except Exception as error:
-                each.failure = error
-                return
-        return
-    tracked = tuple(value for each in requests for value in each.tracked)
-    whole = tuple({(value.edge.node, value.edge.output_nr): value for value in tracked}.values())
-    edges = [each.edge for each in whole]
-    try:
-        found = torch.autograd.grad(summed([each.loss for each in requests]), edges)
-    except RuntimeError as error:
-        raise RunError(f"{requests[0].where}: {error}") from error
-    by_edge = {(each.node, each.output_nr): gradient for each, gradient in zip(edges, found, strict=True)}
-    for each in requests:
-        each.found = tuple(value.part_of(by_edge[value.edge.node, value.edge.output_nr]) for value in each.tracked)

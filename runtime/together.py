@@ -4,8 +4,8 @@ A strand is a generator. It yields the forwards that it waits for, and goes on w
 are served at once, so that their forwards can be rows of one.
 
 Where one fails, those after it go no further, and those before it go on to their ends, as they would have by then: one
-of them may fail too, and its exception is the one that is raised. What the one that fails had come to, and does to other
-things, comes last.
+of them may fail too, and its exception is the one that is raised. What the one that fails had come to, and does to
+other things, comes last.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, final
 
 import torch
 
+from nnsight_compiler.runtime.backward_passes import BackwardRequest, settle
 from nnsight_compiler.runtime.batching import Batcher, Filling, is_seen
 from nnsight_compiler.runtime.budget import Allowance
 from nnsight_compiler.runtime.failures import FAILED
-from nnsight_compiler.runtime.requests import Requests, forwards_in
+from nnsight_compiler.runtime.requests import Requests, forwards_in, passes_in
 
 Strand = Generator[Requests, None, None]
 
@@ -94,21 +95,26 @@ class Together:
                 failure = error
             if not waiting and failure is None and failed is None:
                 return
+            order = {id(each): number for number, (each, _) in enumerate(waiting)}
+            passes: list[tuple[int, BackwardRequest]] = []
+            last = len(order)
             while waiting:
                 yield tuple(request for _, requests in waiting for request in requests)
+                passes += [(order[id(each)], one) for each, requests in waiting for one in passes_in(requests)]
                 going: list[tuple[Strand, Requests]] = []
                 for each, _ in waiting:
                     try:
                         found = next(each, None)
                     except Exception as error:
-                        failure, failed = error, None
+                        failure, failed, last = error, None, order[id(each)]
                         break
                     if found is FAILED:
-                        failure, failed = None, each
+                        failure, failed, last = None, each, order[id(each)]
                         break
                     if found is not None:
                         going.append((each, found))
                 waiting = going
+            settle([one for number, one in passes if number <= last])
         if failed is not None:
             next(failed)
             raise AssertionError("a strand that failed raises what it failed with")

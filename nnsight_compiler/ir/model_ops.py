@@ -56,9 +56,9 @@ class Release(Op):
 @final
 @dataclass(frozen=True, slots=True)
 class Postponed(Op):
-    """Made by `merge_forwards`: what a round does to other things, behind the last forward of the round. Where the round
-    fails before that, this runs nevertheless if the round had come to where `reached` is made, which is where it stood;
-    then the exception goes on."""
+    """Made by `merge_forwards`: what a round does to other things, behind its last forward. Where the round fails
+    before that, this runs nevertheless if the round had come to where `reached` is made, which is where it stood; then
+    the exception goes on."""
 
     effects = Effect.CONTROL
     reached: Operand

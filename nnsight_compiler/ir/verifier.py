@@ -36,8 +36,8 @@ class _Place:
 
     loop: how many values the nearest loop carries. yields: how many values a `yield` hands over here. Both `None` where
     there is none. forward, backward: whether ops of a forward, or of a backward pass, may stand here. closure: whether
-    a closure is around. strands: whether this is the region of a `strands`. together: whether it is that of a loop whose
-    rounds run together.
+    a closure is around. strands: whether this is the region of a `strands`. together: whether it is that of a loop
+    whose rounds run together.
     """
 
     loop: int | None = None

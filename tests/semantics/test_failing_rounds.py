@@ -1,4 +1,4 @@
-"""Rounds and lines that fail: what was done by then, and the exception, are what they are where nothing is optimised."""
+"""Rounds that fail: what was done by then, and the exception, are what they are where nothing is optimised."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def agree(experiment: Any, model: NNsight, start: int, stop: int) -> None:
             ended(lambda: each(model, start, stop, seen.log, seen.vector, seen.leaf))  # noqa: B023
             for each, seen in ((experiment, mine), (plain, theirs))
         )
-        assert found[1:] == wanted[1:]
+        own = wanted[2].startswith("RunError")  # it names its line
+        assert found[1:3] == wanted[1:3]
+        assert own or found[3] == wanted[3]
         assert (wanted[2] != "") == (stop > 3), wanted[2]
         assert not list(differences(found[0], wanted[0]))
         assert not list(differences(mine.all(), theirs.all(), "seen"))
@@ -153,6 +155,7 @@ def fails_in_a_function(model, start, stop, log, vector, leaf):
 @intervene
 def fails_in_a_nested_function(model, start, stop, log, vector, leaf):
     x = torch.ones(1, 3, 4)
+
     def last(value, number):
         log.append(number)
         return value[0, number]
@@ -170,7 +173,7 @@ def fails_in_a_call(model, start, stop, log, vector, leaf):
         with model.trace(x):
             print("before", number, model.layers[0].output.shape)
             rows = model.layers[1].output[0].unbind()
-            row = torch.stack(rows[number :])
+            row = torch.stack(rows[number:])
             print("after", number)
             log.append(row)
 
