@@ -77,6 +77,7 @@ class _Merging:
         self.builder = Builder(value.name for value in program.values())
         self.loops = list(_innermost(program.body))
         self.made: dict[int, ops.For] = {}
+        self.tried: list[ops.For] = []  # which the memory analysis knows by their identities
         self.own: dict[int, Roots] = {}
 
     def run(self) -> Program:
@@ -137,6 +138,7 @@ class _Merging:
         made = self.made[id(loop)]
         late = postponed(made.body.ops, self.own[id(loop)], memory, self.builder)
         made = self.made[id(loop)] = replace(made, body=Region(made.body.parameters, late))
+        self.tried.append(made)
         _require_apart(memory, made)
 
 
@@ -263,6 +265,8 @@ def _parts(body: Region, memory: Memory) -> Iterator[tuple[object, Op]]:
         if isinstance(op, ops.Forward):
             for at in op.body.ops:
                 yield from (((part, "forward"), inner) for region in regions(at) for inner in region.ops)
+        elif isinstance(op, ops.Postponed):
+            yield from ((part, inner) for inner in op.body.ops)
         else:
             yield part, op
         part += waits(op)

@@ -240,7 +240,8 @@ class Batcher:
         members = [(Share(part, sizes), each) for part, each in zip(batch.parts, group, strict=True)]
         at = _by_site(members)
         functions = tuple(
-            replace(site, function=_in_rows(site, sites.divided(site), at[site.name])) for site in forward.sites
+            replace(site, function=_in_rows(site, sites.divided(site) if site.looks else None, at[site.name]))
+            for site in forward.sites
         )
         sites.require_apart()
         states = tuple(each.state for each in group)
@@ -295,7 +296,9 @@ class _Sites:
         forward, model, known = self.first.forward, self.first.model, self.batcher._mixed
         name = id(forward), id(model)
         if name not in known:
-            sites = tuple((site.path, site.port, site.call or 0) for site in forward.sites if site.port != "result")
+            sites = tuple(
+                (site.path, site.port, site.call or 0) for site in forward.sites if site.port != "result" and site.looks
+            )
             known[name] = self.batcher.confirm(model, self._step(), sites)
         reason = known[name]
         if reason is not None:
@@ -365,8 +368,8 @@ def _by_site(members: Sequence[tuple[Share, Request]]) -> dict[object, list[Memb
     return found
 
 
-def _in_rows(site: SitePlan, axes: SiteAxes, members: Sequence[Member]) -> SiteFunction:
-    """The function of a site for several strands, each on its own rows."""
+def _in_rows(site: SitePlan, axes: SiteAxes | None, members: Sequence[Member]) -> SiteFunction:
+    """The function of a site for several strands, each on its own rows; without `axes`, of one at which none looks."""
     where = str(site.span)
 
     def in_rows(value: Any, _: Any) -> Any:
@@ -378,8 +381,12 @@ def _in_rows(site: SitePlan, axes: SiteAxes, members: Sequence[Member]) -> SiteF
             return divided(value)
 
     def divided(value: Any) -> Any:
-        whole = Divided(value, axes)
         lasting = [each for each in members if _goes_on(*each[:2])]
+        if axes is None:
+            for _, each, function in lasting:
+                _result(function, value, each)
+            return value
+        whole = Divided(value, axes)
         with plainly(value):
             parts = [whole.read(share) for share, _, _ in lasting]
         results = [_result(function, own, each) for own, (_, each, function) in zip(parts, lasting, strict=True)]

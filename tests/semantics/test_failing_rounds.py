@@ -42,14 +42,14 @@ class Seen:
 
 
 def ended(run: Callable[[], Any]) -> tuple[Any, str, str, str]:
-    """The result of a run, what it printed, its exception, and the line of this file at which that was raised."""
+    """The result of a run, what it printed, its exception, and the line of the test at which that was raised."""
     shown, result, error, line = io.StringIO(), None, "", ""
     with contextlib.redirect_stdout(shown):
         try:
             result = run()
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-            frames = [each for each in traceback.extract_tb(raised.__traceback__) if each.filename == __file__]
+            frames = [each for each in traceback.extract_tb(raised.__traceback__) if "test_failing" in each.filename]
             line = f"{frames[-1].lineno}: {frames[-1].line}"
     return result, shown.getvalue(), error, line
 
@@ -689,3 +689,103 @@ PROGRAMS = [
 @pytest.mark.parametrize("experiment", PROGRAMS, ids=lambda each: each.__name__)
 def test_what_a_round_did_before_it_failed(model: NNsight, experiment: Any, start: int, stop: int) -> None:
     agree(experiment, model, start, stop)
+
+
+# --- lines that follow one another ---
+
+
+@intervene
+def straight_shows(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    with model.trace(x):
+        print("one", model.layers[0].output.shape)
+        one = model.layers[1].output[0, 0]
+    print("first", one.shape)
+    with model.trace(x):
+        print("two", model.layers[0].output.shape)
+        two = model.layers[1].output[0, stop - 1]
+        print("found", two.shape)
+    print("second", two.shape)
+
+
+@intervene
+def straight_calls(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    with model.trace(x):
+        print("one", model.layers[0].output.shape)
+        one = model.layers[1].output[0, 0]
+    with model.trace(x):
+        print("two", model.layers[0].output.shape)
+        two = torch.stack(model.layers[1].output[0].unbind()[stop - 1 :])
+    print("second", one.shape, two.shape)
+
+
+@intervene
+def straight_lists(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    kept = []
+    log.append(kept)
+    with model.trace(x):
+        kept.append(model.layers[0].output[0, 0])
+        kept.append(model.layers[1].output[0, 0])
+    with model.trace(x):
+        kept.append(model.layers[0].output[0, 0])
+        model.layers[1].output[:, stop - 1] = 0
+        kept.append(model.layers[2].output[0, 0])
+
+
+@intervene
+def straight_writes(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    with model.trace(x):
+        one = model.layers[0].output[0, 0]
+    vector[0] = one
+    with model.trace(x):
+        model.layers[0].output[:, stop - 1] = 0
+        vector[1] = model.layers[2].output[0, 0]
+    vector[2] = 1.0
+
+
+@intervene
+def straight_gradients(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    with model.trace(x):
+        model.layers[0].output[:, -1] += leaf
+        first = model.layers[1].output
+        loss = model.head.output[0, -1, 0]
+        with loss.backward():
+            one = first.grad.clone()
+    print("one", one.shape)
+    with model.trace(x):
+        model.layers[0].output[:, -1] += leaf
+        second = model.layers[1].output
+        loss = model.head.output[0, -1, 1]
+        print("loss")
+        with loss.backward():
+            second.grad[:, stop - 1] = 0
+            two = second.grad.clone()
+    print("two", two.shape)
+
+
+@intervene
+def straight_fails_between(model, start, stop, log, vector, leaf):
+    x = torch.ones(1, 3, 4)
+    with model.trace(x):
+        model.layers[0].output[:, -1] += leaf
+        loss = model.head.output[0, -1, 0]
+    loss.backward()
+    print("one", 1 / max(4 - stop, 0))
+    with model.trace(x):
+        model.layers[0].output[:, -1] += leaf
+        loss = model.head.output[0, -1, 1]
+    loss.backward()
+    print("two")
+
+
+STRAIGHT = [straight_shows, straight_calls, straight_lists, straight_writes, straight_gradients, straight_fails_between]
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("experiment", STRAIGHT, ids=lambda each: each.__name__)
+def test_what_lines_did_before_one_failed(model: NNsight, experiment: Any, stop: int) -> None:
+    agree(experiment, model, 0, stop)
