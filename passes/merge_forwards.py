@@ -15,12 +15,21 @@
 
 What a round does to things outside of its forwards first moves out of them, behind each, and then behind the last one
 (`sink`). Each round is a sequence of parts, with a forward between any two, or something else that rounds wait for.
+What others see moves as `postponed`, where a line that stays may fail behind it:
+
+    print(%p)                                               %reached = keep True
+    forward %1 = trace %model(%corrupt)                     forward %1 = trace %model(%corrupt)
+      …                                            ──▶        …
+                                                            postponed %reached
+                                                              print(%p)
 
 Legal, where each thing that rounds have in common, and that one of them changes, is touched in one part alone: all
 rounds pass that part one after the other, in their order, so that each finds what it would have found. The same holds
 of what is carried from round to round, and of prints. Nothing is merged
 
 - where a round may end the loop or the function, or runs its forward under a condition, in a loop or in a `try`;
+- where a round shows or changes something that outlives it before its last forward, and that cannot move: a round
+  before it may still fail, and then it must not have happened;
 - where a call in a round is not known, draws random numbers or sets how torch computes: it may change, or see,
   anything;
 - where the model itself keeps or draws something as it runs: in training mode, with state of its own;
@@ -32,7 +41,8 @@ calls of all rounds are then one, on a stack. A backward pass moves too. Those o
 sum of their losses: each loss depends on rows of its own, whose part of the gradient is that of its own pass.
 
 What a run finds out (inputs of unequal shapes, a model that mixes rows) never merges what must stay apart: such
-forwards run one by one. An exception ends the loop when the rounds before have ended; those after it may have begun.
+forwards run one by one. An exception ends the loop when the rounds before have ended, and when the round that fails has
+done what it had come to; those after it may have begun, and nothing is seen of that.
 """
 
 from __future__ import annotations

@@ -53,10 +53,11 @@ def run_calls(requests: Sequence[CallRequest]) -> None:
 
 
 def _parts(module: nn.Module, values: Sequence[Any]) -> Sequence[Any] | None:
-    """What a module gives for several values, from one call; `None` where each needs its own, or has its own failure."""
+    """What a module gives for several values, from one call; `None` where each has a call of its own."""
     if len(values) == 1:
         return None
     try:
-        return module(torch.stack(list(values))).unbind()
+        found: torch.Tensor = module(torch.stack(list(values)))
     except Exception:  # whose it is shows where each is by itself
         return None
+    return found.unbind()
