@@ -139,6 +139,19 @@ class Memory:
         """Whether anything but the model may hold the storage."""
         return any(root in held for holder, held in self._points_to.held.items() if not isinstance(holder, tuple))
 
+    def outlives(self, root: Root) -> bool:
+        """Whether the storage may be reached when the program is over without having given a result."""
+        found = [root]
+        for each in found:
+            if not isinstance(each, Fresh):
+                return True
+            found += [
+                holder
+                for holder, held in self._points_to.held.items()
+                if each in held and not isinstance(holder, tuple) and holder not in found
+            ]
+        return False
+
     def calls_closures(self, op: Op) -> bool:
         """Whether the op may run a closure of the program's."""
         return bool(self._points_to.called(op))

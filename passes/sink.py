@@ -37,7 +37,7 @@ from nnsight_compiler.ir.types import TensorType
 from nnsight_compiler.ir.values import Literal, Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.inline import FUSED_CALL
-from nnsight_compiler.passes.memory import Fresh, Gradient, Memory, Root, Roots, Site
+from nnsight_compiler.passes.memory import Gradient, Memory, Roots, Site
 
 Sunk = tuple[ops.Forward, tuple[Op, ...], tuple[Op, str] | None]
 """The forward, what moves behind it, and the op that cannot with the reason."""
@@ -172,11 +172,8 @@ def touches_common(op: Op, own: Roots, memory: Memory) -> bool:
 def lasts(op: Op, memory: Memory) -> bool:
     """Whether what an op does is seen where the program fails later: not what it does to things that only the program
     has."""
-
-    def is_seen(root: Root) -> bool:
-        return not isinstance(root, (Fresh, Gradient, Site)) or (isinstance(root, Fresh) and memory.is_held(root))
-
-    return shows(op, memory) or any(map(is_seen, writes_of(op, memory)))
+    changed = (root for root in writes_of(op, memory) if not isinstance(root, (Gradient, Site)))
+    return shows(op, memory) or any(map(memory.outlives, changed))
 
 
 def _may_fail(op: Op) -> bool:

@@ -75,8 +75,9 @@ def test_what_is_printed_before_a_forward_waits_for_it() -> None:
 
 
 def test_what_is_shown_before_a_line_that_may_fail_is_postponed() -> None:
-    shown = "        %7 = global print\n        %8 = call %7(%2) as builtins.print\n        set_item %2[:, %p] = %source"
-    text, _ = run(loop("", before=PRINT_AGAIN.format("%p")).replace("        set_item %2[:, %p] = %source", shown))
+    write = "        set_item %2[:, %p] = %source"
+    shown = f"        %7 = global print\n        %8 = call %7(%2) as builtins.print\n{write}"
+    text, _ = run(loop("", before=PRINT_AGAIN.format("%p")).replace(write, shown))
     expected = """
     %9 = global print
     %reached.1 = keep True
