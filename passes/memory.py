@@ -19,7 +19,7 @@ In doubt, values alias. Taken on trust: reading an attribute changes nothing, an
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import cast
 
 from nnsight_compiler.ir import ops
@@ -141,7 +141,7 @@ class Memory:
 
     def outlives(self, root: Root) -> bool:
         """Whether the storage may be reached when the program is over without having given a result."""
-        found = [root]
+        found: list[Hashable] = [root]
         for each in found:
             if not isinstance(each, Fresh):
                 return True
