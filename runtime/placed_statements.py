@@ -34,6 +34,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, walk
 from nnsight_compiler.ir.values import Module, Tuple, Value
 from nnsight_compiler.passes.inline import FUSED_CALL, MODULE_CALL
+from nnsight_compiler.passes.memory import Memory
 from nnsight_compiler.passes.pauses import pauses, pausing
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.passes.sink import waits_within
@@ -159,7 +160,9 @@ class PlacedStatements(Statements):
         state = load(self.names[self.state]) if self.has_state else ast.Constant(None)
         method = "side_by_side" if self.strands else "run"
         runner = ast.Attribute(value=self.constant("together", self.together), attr=method, ctx=ast.Load())
-        run: ast.expr = ast.Call(func=runner, args=[load(name), iterable, state], keywords=[])
+        memory = Memory.of(self.program, copies=True)
+        brought = ast.Constant(any(map(memory.outlives, memory.roots(op.iterable))))
+        run: ast.expr = ast.Call(func=runner, args=[load(name), iterable, state, brought], keywords=[])
         if self.strands:
             run = ast.YieldFrom(value=run)
         strand = function(name, plain_arguments(parameters), body)

@@ -39,9 +39,10 @@ class Together:
         self.batcher = batcher
         self._running = _Running()
 
-    def run(self, strand: Callable[[tuple[Any], Any], Strand], items: Iterable[Any], state: Any) -> None:
-        """Runs the loop. `strand` makes one round, of its item and a state of its own."""
-        self._serve(lambda: self.side_by_side(strand, items, state), state)
+    def run(self, strand: Callable[[tuple[Any], Any], Strand], items: Iterable[Any], state: Any, brought: bool) -> None:
+        """Runs the loop. `strand` makes one round, of its item and a state of its own. `brought`: whether others may
+        have the items too."""
+        self._serve(lambda: self.side_by_side(strand, items, state, brought), state)
 
     def run_strands(self, strands: tuple[Callable[[], Strand], ...], state: Any) -> None:
         """Runs strands of the same state."""
@@ -62,10 +63,11 @@ class Together:
             self._running.allowance = around
 
     def side_by_side(
-        self, strand: Callable[[tuple[Any], Any], Strand], items: Iterable[Any], state: Any
+        self, strand: Callable[[tuple[Any], Any], Strand], items: Iterable[Any], state: Any, brought: bool
     ) -> Iterator[Requests]:
-        """Advances the rounds, as many at once as can share a forward, and yields what they wait for."""
-        prefetches = _are_at_hand(items)
+        """Advances the rounds, as many at once as can share a forward, and yields what they wait for. An iterator that
+        others have too is taken from only as far as rounds come."""
+        prefetches = _are_at_hand(items) and not (brought and isinstance(items, Iterator))
         return self._advance((strand((item,), fork(state)) for item in items), prefetches)
 
     def _advance(self, remaining: Iterator[Strand], prefetches: bool) -> Iterator[Requests]:

@@ -789,3 +789,38 @@ STRAIGHT = [straight_shows, straight_calls, straight_lists, straight_writes, str
 @pytest.mark.parametrize("experiment", STRAIGHT, ids=lambda each: each.__name__)
 def test_what_lines_did_before_one_failed(model: NNsight, experiment: Any, stop: int) -> None:
     agree(experiment, model, 0, stop)
+
+
+@intervene
+def over_items(model, items):
+    x = torch.ones(1, 3, 4)
+    found = []
+    for number in items:
+        with model.trace(x):
+            found.append(model.layers[0].output[0, number])
+    return found
+
+
+@intervene
+def over_pairs(model, items):
+    x = torch.ones(1, 3, 4)
+    found = []
+    for number, _ in items:
+        with model.trace(x):
+            found.append(model.layers[0].output[0, number])
+    return found
+
+
+def test_an_iterator_is_taken_from_as_far_as_rounds_come(model: NNsight) -> None:
+    numbers = [0, 2, 3, 1, 2]
+    for experiment, make in (
+        (over_items, lambda: iter(numbers)),
+        (over_pairs, lambda: zip(numbers, "abcde", strict=True)),
+    ):
+        items = make()
+        with pytest.raises(IndexError, match="index 3 is out of bounds"):
+            experiment(model, items)
+        assert len(list(items)) == 2
+    over_items(model, numbers[:2])
+    over_items(model, numbers[:2])
+    assert [each.forwards for each in over_items.last_run.forwards if each.forwards > 1] == [2]
