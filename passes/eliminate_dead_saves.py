@@ -162,6 +162,7 @@ class _Elimination:
             case (
                 ops.Stage()
                 | ops.Session()
+                | ops.Postponed()
                 | ops.Strands()
                 | ops.Strand()
                 | ops.Invoke()

@@ -19,7 +19,7 @@ In doubt, values alias. Taken on trust: reading an attribute changes nothing, an
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import cast
 
 from nnsight_compiler.ir import ops
@@ -143,6 +143,19 @@ class Memory:
     def is_kept(self, root: Root) -> bool:
         """Whether anything but the model may hold the storage."""
         return any(root in held for holder, held in self._holdings.held.items() if not isinstance(holder, tuple))
+
+    def outlives(self, root: Root) -> bool:
+        """Whether the storage may be reached when the program is over without having given a result."""
+        found: list[Hashable] = [root]
+        for each in found:
+            if not isinstance(each, Fresh):
+                return True
+            found += [
+                holder
+                for holder, held in self._holdings.held.items()
+                if each in held and not isinstance(holder, tuple) and holder not in found
+            ]
+        return False
 
     def calls_closures(self, op: Op) -> bool:
         """Whether the op may run a closure of the program's."""

@@ -15,12 +15,21 @@
 
 What a round does to things outside of its forwards first moves out of them, behind each, and then behind the last one
 (`sink`). Each round is a sequence of parts, with a forward between any two, or something else that rounds wait for.
+What others see moves as `postponed`, where a line that stays may fail behind it:
+
+    print(%p)                                               %reached = keep True
+    forward %1 = trace %model(%corrupt)                     forward %1 = trace %model(%corrupt)
+      …                                            ──▶        …
+                                                            postponed %reached
+                                                              print(%p)
 
 Legal, where each thing that rounds have in common, and that one of them changes, is touched in one part alone: all
 rounds pass that part one after the other, in their order, so that each finds what it would have found. The same holds
 of what is carried from round to round, and of prints. Nothing is merged
 
 - where a round may end the loop or the function, or runs its forward under a condition, in a loop or in a `try`;
+- where a round shows or changes something that outlives it before its last forward, and that cannot move: a round
+  before it may still fail, and then it must not have happened;
 - where a call in a round is not known, draws random numbers or sets how torch computes: it may change, or see,
   anything;
 - where the model itself keeps or draws something as it runs: in training mode, with state of its own;
@@ -32,7 +41,8 @@ calls of all rounds are then one, on a stack. A backward pass moves too. Those o
 sum of their losses: each loss depends on rows of its own, whose part of the gradient is that of its own pass.
 
 What a run finds out (inputs of unequal shapes, a model that mixes rows) never merges what must stay apart: such
-forwards run one by one. An exception ends the loop when the rounds before have ended; those after it may have begun.
+forwards run one by one. An exception ends the loop when the rounds before have ended, and when the round that fails has
+done what it had come to; those after it may have begun, and nothing is seen of that.
 """
 
 from __future__ import annotations
@@ -51,7 +61,7 @@ from nnsight_compiler.ir.values import Value
 from nnsight_compiler.passes.known_calls import FUSED_CALL
 from nnsight_compiler.passes.memory import Fresh, Memory, Root, Roots
 from nnsight_compiler.passes.remarks import Remarks
-from nnsight_compiler.passes.sink import Sinking, common, postponed, shows, used_within, waits, writes_of
+from nnsight_compiler.passes.sink import Sinking, common, lasts, postponed, shows, used_within, waits, writes_of
 from nnsight_compiler.passes.strands import Fuses, WhyNot, forward_hindrance, hindrance, is_fused, runs
 
 NAME = "merge_forwards"
@@ -77,6 +87,7 @@ class _Merging:
         self.builder = Builder(value.name for value in program.values())
         self.loops = list(_innermost(program.body))
         self.made: dict[int, ops.For] = {}
+        self.tried: list[ops.For] = []  # which the memory analysis knows by their identities
         self.own: dict[int, Roots] = {}
 
     def run(self) -> Program:
@@ -114,7 +125,7 @@ class _Merging:
             if reason is not None:
                 raise _RefusedError(forward, reason)
         own = frozenset[Root](Fresh(value.name) for op in walk(loop.body) for value in defined(op))
-        sinking = Sinking(memory, own, self.builder)
+        sinking = Sinking(memory, own, self.builder, postpones=True)
         body: list[Op] = []
         for op in loop.body.ops:
             if not isinstance(op, ops.Forward):
@@ -135,8 +146,9 @@ class _Merging:
         """Moves it on, behind the last forward. What ops may touch does not depend on their order, so that the analysis
         holds before and after."""
         made = self.made[id(loop)]
-        late = postponed(made.body.ops, self.own[id(loop)], memory)
+        late = postponed(made.body.ops, self.own[id(loop)], memory, self.builder)
         made = self.made[id(loop)] = replace(made, body=Region(made.body.parameters, late))
+        self.tried.append(made)
         _require_apart(memory, made)
 
 
@@ -207,6 +219,10 @@ def _require_apart(memory: Memory, loop: ops.For) -> None:
             shown.setdefault(part, op)
     if len(shown) > 1:
         raise _RefusedError(list(shown.values())[1], "rounds print, or measure, before and after their forwards")
+    end = sum(map(waits, loop.body.ops))
+    for part, op in touches:
+        if part != end and lasts(op, memory) and (shows(op, memory) or common(writes_of(op, memory), own)):
+            raise _RefusedError(op, "a round may fail after the next one changed or showed something")
     for part, op, changed in written:
         for each, roots in given:
             if memory.overlap(changed, common(roots, own)):
@@ -259,6 +275,8 @@ def _parts(body: Region, memory: Memory) -> Iterator[tuple[object, Op]]:
         if isinstance(op, ops.Forward):
             for at in op.body.ops:
                 yield from (((part, "forward"), inner) for region in regions(at) for inner in region.ops)
+        elif isinstance(op, ops.Postponed):
+            yield from ((part, inner) for inner in op.body.ops)
         else:
             yield part, op
         part += waits(op)

@@ -141,7 +141,7 @@ class _Merging:
                 stretch.made.append((op,))
                 continue
             own = frozenset[Root](Fresh(value.name) for value in definitions(op.body))
-            stays, sunk, stuck = Sinking(self.memory, own, self.builder, True).sink(
+            stays, sunk, stuck = Sinking(self.memory, own, self.builder, postpones=False).sink(
                 op, partial(is_fused, op, self.fuses)
             )
             if stuck is not None:

@@ -278,7 +278,7 @@ class PointsTo:
             case ops.Session(result=result, body=body):
                 self._add(result, {Fresh(result.name)})
                 self._block(body, place)
-            case ops.Strands(body=body) | ops.Strand(body=body):
+            case ops.Postponed(body=body) | ops.Strands(body=body) | ops.Strand(body=body):
                 self._block(body, place)
             case ops.Invoke(result=result, body=body):
                 self._add(result, {Fresh(result.name)})  # the batch is a copy of what its invokes are given

@@ -8,7 +8,16 @@
                                                     %7 = call %6(%5) as method.append
 
 What is left at the sites changes nothing but the values there and what the forward itself makes: it can run again, and
-in another order than other forwards.
+in another order than other forwards. What others see moves as `postponed`, where lines that stay may fail behind it:
+where it stood, a `keep` notes that the forward came to it, so that it runs although a later line fails.
+
+    at %model@h.3 output                            at %model@h.3 output
+      %3 = read %model@h.3 output                     %3 = read %model@h.3 output
+      %4 = call %print(%3) as builtins.print          %4 = save %3
+      %5 = item %3[0, %p]                    ──▶      %6 = keep True
+                                                      %5 = item %3[0, %p]
+                                                    postponed %6
+                                                      %7 = call %print(%4) as builtins.print
 
 Legal, where nothing that moves is needed at a site, and nothing that stays, and would have run after it, changes what
 it looks at or looks at what it changes. A value of the model is copied where it was used. What moves keeps its order.
@@ -16,29 +25,30 @@ it looks at or looks at what it changes. A value of the model is copied where it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.builder import Builder
 from nnsight_compiler.ir.ops import Op, Region
 from nnsight_compiler.ir.traverse import defined, regions, rewrite, used, walk
 from nnsight_compiler.ir.types import TensorType
-from nnsight_compiler.ir.values import Value, values_in
+from nnsight_compiler.ir.values import Literal, Operand, Value, values_in
 from nnsight_compiler.passes.behaviour import Behaviour
 from nnsight_compiler.passes.known_calls import FUSED_CALL
-from nnsight_compiler.passes.memory import Fresh, Gradient, Memory, Roots, Site
+from nnsight_compiler.passes.memory import Gradient, Memory, Roots, Site
 
 Sunk = tuple[ops.Forward, tuple[Op, ...], tuple[Op, str] | None]
 """The forward, what moves behind it, and the op that cannot with the reason."""
 
 
 class Sinking:
-    """Takes out of forwards what changes other things than these: `own` is what their round makes. `keeps_failures`:
-    not where what was shown before a line fails would no longer be."""
+    """Takes out of forwards what changes other things than these: `own` is what their round makes. `postpones`: what
+    others see moves as `postponed`; else it stays where a line behind it may fail."""
 
-    def __init__(self, memory: Memory, own: Roots, builder: Builder, keeps_failures: bool = False) -> None:
-        self.memory, self.own, self.builder, self.keeps_failures = memory, own, builder, keeps_failures
+    def __init__(self, memory: Memory, own: Roots, builder: Builder, postpones: bool) -> None:
+        self.memory, self.own, self.builder, self.postpones = memory, own, builder, postpones
 
     def sink(self, forward: ops.Forward, late: Callable[[Op], bool]) -> Sunk:
         """The forward without what changes things that rounds have in common, and as far as that goes, without what
@@ -65,18 +75,26 @@ class Sinking:
                 isinstance(root, Site) for root in writes_of(op, self.memory)
             ):
                 return forward, (), (op, "what is written to the model depends on what a round does outside of it")
-            lasts = self.keeps_failures and _lasts(op, self.memory)
+            lasting = lasts(op, self.memory)
             for _, later in units[number + 1 :]:
                 if id(later) in moving:
                     continue
                 if _conflict(op, later, self.memory):
                     return forward, (), (later, "a later line of the trace changes what an earlier one looks at")
-                if lasts and _may_fail(later):
+                if lasting and not self.postpones and _may_fail(later):
                     return forward, (), (later, "a later line of the trace may fail, after what an earlier one shows")
-        return self._split(forward, moving)
+        groups = _runs([op for _, op in units], moving)
+        marked = _before_failures(groups, units[-1][1], self.memory) if self.postpones else 0
+        for op in (each for group in groups[:marked] for each in group):
+            if isinstance(op, (ops.Backward, ops.Gradients)) or late(op):
+                return forward, (), (op, "a later line of the trace may fail, after what an earlier one shows")
+        return self._split(forward, moving, groups[:marked])
 
-    def _split(self, forward: ops.Forward, moving: dict[int, Op]) -> Sunk:
+    def _split(self, forward: ops.Forward, moving: dict[int, Op], groups: Sequence[Sequence[Op]]) -> Sunk:
+        """The forward without what moves, of which these groups are postponed."""
+        ends, waiting = {id(group[-1]) for group in groups}, {id(op) for group in groups for op in group}
         sunk: list[Op] = []
+        held: list[Op] = []
         stay: list[Op] = []
         gone = {value.name for op in moving.values() for value in defined_within(op)}
         for at in forward.body.ops:
@@ -96,10 +114,24 @@ class Sinking:
                         kept = self.builder.fresh(value.name)
                         here.append(ops.Save(kept, value, span=op.span))
                         copied[value] = kept
-                sunk.append(_with(op, dict(copied)))
+                (held if id(op) in waiting else sunk).append(_with(op, dict(copied)))
+                if id(op) in ends:
+                    reached, made = _postponed(held, self.builder)
+                    here.append(reached)
+                    sunk.append(made)
+                    held = []
             if here:
                 stay.append(replace(at, body=Region(at.body.parameters, tuple(here))))
         return replace(forward, body=Region(forward.body.parameters, tuple(stay))), tuple(sunk), None
+
+
+def _before_failures(groups: Sequence[Sequence[Op]], last: Op, memory: Memory) -> int:
+    """How many of these groups, which move, come before a line that stays and may fail, up to the last that others
+    see."""
+    followed = groups if groups[-1][-1] is not last else groups[:-1]
+    return max(
+        (number for number, group in enumerate(followed, 1) if any(lasts(op, memory) for op in group)), default=0
+    )
 
 
 def waits(op: Op) -> bool:
@@ -137,21 +169,59 @@ def touches_common(op: Op, own: Roots, memory: Memory) -> bool:
     return bool(common(writes_of(op, memory), own)) or shows(op, memory)
 
 
-def _lasts(op: Op, memory: Memory) -> bool:
-    """Whether what an op does is seen where the program fails later: not what it does to things of the program."""
-    return shows(op, memory) or any(not isinstance(root, (Fresh, Gradient, Site)) for root in writes_of(op, memory))
+def lasts(op: Op, memory: Memory) -> bool:
+    """Whether what an op does is seen where the program fails later: not what it does to things that only the program
+    has."""
+    changed = (root for root in writes_of(op, memory) if not isinstance(root, (Gradient, Site)))
+    return shows(op, memory) or any(map(memory.outlives, changed))
 
 
 def _may_fail(op: Op) -> bool:
-    """Whether an op may fail though its shapes are right: by an index or a divisor that only the run knows."""
-    for each in _within(op):
-        match each:
-            case ops.Item(index=index) | ops.SetItem(index=index) if any(True for _ in values_in(index)):
-                return True
-            case ops.Operator(operator="/" | "//" | "%", operands=parts):
-                if not any(isinstance(part, Value) and isinstance(part.type, TensorType) for part in parts):
-                    return True
-    return False
+    """Whether an op may fail at a run: all but what only names, keeps or takes apart a tensor of which the shape is
+    known, by constants."""
+    return any(map(_may_fail_itself, _within(op)))
+
+
+def _may_fail_itself(op: Op) -> bool:
+    match op:
+        case ops.Read() | ops.Save() | ops.At() | ops.Require() | ops.Global():
+            return False
+        case ops.Attribute(object=owner):
+            return not _is_shaped(owner)
+        case ops.Item(object=owner, index=index):
+            return any(True for _ in values_in(index)) or not _is_shaped(owner)
+        case ops.SetItem(object=owner, index=index, value=value):
+            return any(True for _ in values_in(index)) or not (_is_shaped(owner) and _is_plain(value))
+        case ops.Write(value=value):
+            return not _is_plain(value)
+        case ops.Operator(operands=parts, operator=operator):
+            shaped = any(map(_is_shaped, parts)) and all(map(_is_plain, parts))
+            return not shaped or operator not in ("+", "-", "*", "/")
+        case _:
+            return True
+
+
+def _is_shaped(operand: Operand) -> bool:
+    """Whether an operand is a tensor of which the shape is known, so that what is done to it was tried."""
+    return isinstance(operand, Value) and isinstance(operand.type, TensorType) and operand.type.shape is not None
+
+
+def _is_plain(operand: Operand) -> bool:
+    return _is_shaped(operand) or (isinstance(operand, Literal) and type(operand.value) in (int, float))
+
+
+def _runs(units: Sequence[Op], moving: Mapping[int, Op]) -> list[list[Op]]:
+    """The ops that move, in groups between which others stay."""
+    return [list(group) for moves, group in groupby(units, lambda op: id(op) in moving) if moves]
+
+
+def _postponed(held: Sequence[Op], builder: Builder) -> tuple[ops.Save, ops.Postponed]:
+    """What notes that a round came to some ops, and these ops, which run later."""
+    reached = builder.fresh("reached")
+    span = held[0].span
+    return ops.Save(reached, Literal(True), copy=False, span=span), ops.Postponed(
+        reached, Region((), tuple(held)), span=span
+    )
 
 
 def _conflict(op: Op, later: Op, memory: Memory) -> bool:
@@ -161,7 +231,7 @@ def _conflict(op: Op, later: Op, memory: Memory) -> bool:
     return memory.overlap(wrote, changed | looked) or memory.overlap(changed, memory.reads(later))
 
 
-def postponed(body: tuple[Op, ...], own: Roots, memory: Memory) -> tuple[Op, ...]:
+def postponed(body: tuple[Op, ...], own: Roots, memory: Memory, builder: Builder) -> tuple[Op, ...]:
     """The ops of a round with what changes things that rounds have in common, and what depends on that, behind the last
     one at which it waits for others; as they are where something that stays before that would notice."""
     last = max(number for number, op in enumerate(body) if waits(op))
@@ -174,12 +244,28 @@ def postponed(body: tuple[Op, ...], own: Roots, memory: Memory) -> tuple[Op, ...
             moved.update(value.name for value in defined_within(op))
     behind = moving | {id(op): op for op in rest}
     _with_lookups(body, behind)
-    late = [op for op in early if id(op) in behind]
-    stay = [op for op in early if id(op) not in behind]
     for number, op in enumerate(early):
         after = (each for each in early[number + 1 :] if id(each) not in behind)
         if id(op) in behind and (waits(op) or any(_conflict(op, each, memory) for each in after)):
             return body
+    groups = _runs(early, behind)
+    seen = [number for number, group in enumerate(groups, 1) if any(lasts(op, memory) for op in group)]
+    waiting = {id(group[-1]): group for group in groups[: max(seen, default=0)]}
+    stay: list[Op] = []
+    late: list[Op] = []
+    for op in early:
+        if id(op) not in behind:
+            stay.append(op)
+        elif not waiting:
+            late.append(op)
+        elif id(op) in waiting:
+            for marks, part in groupby(waiting.pop(id(op)), lambda each: isinstance(each, ops.Postponed)):
+                if marks:
+                    late += part
+                    continue
+                reached, made = _postponed(list(part), builder)
+                stay.append(reached)
+                late.append(made)
     return (*stay, *late, *rest)
 
 

@@ -3,6 +3,9 @@
 Requests of one plan whose inputs have equal shapes share a forward, up to the size at which more rows gain nothing and
 up to the memory that they may use; with padding, also those whose inputs are about as long. Each sees its own rows at
 each site, as invokes do. Where memory runs out all the same, half as many are tried.
+
+Where what a strand does at a site fails, it does no more in that forward, and the others go on: the exception is raised
+in its strand. What the model itself raises is that of the strand for which it raises it where each runs by itself.
 """
 
 from __future__ import annotations
@@ -20,17 +23,12 @@ from nnsight_compiler.passes.remarks import Remark
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.runtime.autograd_recording import plainly, require
 from nnsight_compiler.runtime.axes import AxisError
+from nnsight_compiler.runtime.backward_passes import BackwardRequest, GradientsRequest, run_backwards, run_gradients
 from nnsight_compiler.runtime.budget import Allowance, Needs, is_out_of_memory
 from nnsight_compiler.runtime.calls import CallRequest, run_calls
 from nnsight_compiler.runtime.divided_sites import Divided
 from nnsight_compiler.runtime.formulas import Opaque
 from nnsight_compiler.runtime.forwards import Forward, Running
-from nnsight_compiler.runtime.gradient_requests import (
-    BackwardRequest,
-    GradientsRequest,
-    run_backwards,
-    run_gradients,
-)
 from nnsight_compiler.runtime.gradients import of_rows
 from nnsight_compiler.runtime.hooks import SiteFunction, SitePlan, are_watched
 from nnsight_compiler.runtime.inputs import Given, shapes_of
@@ -246,7 +244,8 @@ class Batcher:
         members = [(Share(part, sizes), each) for part, each in zip(batch.parts, group, strict=True)]
         at = _by_site(members)
         functions = tuple(
-            replace(site, function=_in_rows(site, sites.divided(site), at[site.name])) for site in forward.sites
+            replace(site, function=_in_rows(site, sites.divided(site) if site.looks else None, at[site.name]))
+            for site in forward.sites
         )
         sites.require_apart()
         states = tuple(each.state for each in group)
@@ -255,7 +254,7 @@ class Batcher:
             running.generation.sizes = sizes
         kind = None if padded else shapes_of(*first.inputs)
         shares, plans = tuple(share for share, _ in members), tuple(each.forward for each in group)
-        running = replace(running, sites=functions, shares=shares, plans=plans, kind=kind)
+        running = replace(running, sites=functions, shares=shares, plans=plans, kind=kind, strands=tuple(group))
         if first.base is None or not forward.resumes(running):
             return running
         held = first.base.values()
@@ -301,7 +300,9 @@ class _Sites:
         forward, model, known = self.first.forward, self.first.model, self.batcher._mixed
         name = id(forward), id(model)
         if name not in known:
-            sites = tuple((site.path, site.port, site.call or 0) for site in forward.sites if site.port != "result")
+            sites = tuple(
+                (site.path, site.port, site.call or 0) for site in forward.sites if site.port != "result" and site.looks
+            )
             known[name] = self.batcher.confirm(model, self._step(), sites)
         reason = known[name]
         if reason is not None:
@@ -354,11 +355,12 @@ def _refused(request: Request, why: str) -> None:
 
 def _forget(group: Sequence[Request]) -> None:
     for each in group:
+        each.failure = None
         each.forward.forget([each.state])
 
 
-Member = tuple[Share, Any, SiteFunction]
-"""What a strand has at a site: its rows, its state, its function."""
+Member = tuple[Share, Request, SiteFunction]
+"""What a strand has at a site: its rows, what it asked for, its function."""
 
 
 def _by_site(members: Sequence[tuple[Share, Request]]) -> dict[object, list[Member]]:
@@ -366,12 +368,12 @@ def _by_site(members: Sequence[tuple[Share, Request]]) -> dict[object, list[Memb
     found: dict[object, list[Member]] = defaultdict(list)
     for share, each in members:
         for own in each.forward.sites:
-            found[own.name].append((share, each.state, own.function))
+            found[own.name].append((share, each, own.function))
     return found
 
 
-def _in_rows(site: SitePlan, axes: SiteAxes, members: Sequence[Member]) -> SiteFunction:
-    """The function of a site for several strands, each on its own rows."""
+def _in_rows(site: SitePlan, axes: SiteAxes | None, members: Sequence[Member]) -> SiteFunction:
+    """The function of a site for several strands, each on its own rows; without `axes`, of one at which none looks."""
     where = str(site.span)
 
     def in_rows(value: Any, _: Any) -> Any:
@@ -383,15 +385,39 @@ def _in_rows(site: SitePlan, axes: SiteAxes, members: Sequence[Member]) -> SiteF
             return divided(value)
 
     def divided(value: Any) -> Any:
+        lasting = [each for each in members if _goes_on(*each[:2])]
+        if axes is None:
+            for _, each, function in lasting:
+                _result(function, value, each)
+            return value
         whole = Divided(value, axes)
-        lasting = [each for each in members if each[0].length is None or each[0].sizes.step < each[0].length]
         with plainly(value):
             parts = [whole.read(share) for share, _, _ in lasting]
-        results = [function(own, state) for own, (_, state, function) in zip(parts, lasting, strict=True)]
+        results = [_result(function, own, each) for own, (_, each, function) in zip(parts, lasting, strict=True)]
         with plainly((value, results)):
-            for made, own, (share, _, _) in zip(results, parts, lasting, strict=True):
-                if made is not own:
+            for made, own, (share, each, _) in zip(results, parts, lasting, strict=True):
+                if made is own:
+                    continue
+                try:
                     whole.replace(share, made, where)
+                except RunError as error:
+                    each.failure = error
             return whole.whole()
 
     return in_rows
+
+
+def _goes_on(share: Share, request: Request) -> bool:
+    """Whether a strand still acts in a forward: its sequences have not ended, and nothing that it did failed."""
+    return request.failure is None and (share.length is None or share.sizes.step < share.length)
+
+
+def _result(function: SiteFunction, own: Any, request: Request) -> Any:
+    """What a strand makes of its rows; the rows as they are where that fails."""
+    try:
+        return function(own, request.state)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        request.failure = error
+        return own

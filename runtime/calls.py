@@ -44,9 +44,20 @@ def run_calls(requests: Sequence[CallRequest]) -> None:
         module, values = group[0].module, [each.given for each in group]
         recorded = any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
         with Frozen(module.parameters()) if recorded else torch.no_grad():
-            if len(group) == 1:
-                group[0].found = module(values[0])
-                continue
-            found = module(torch.stack(values))
-        for each, part in zip(group, found.unbind(), strict=True):
-            each.found = part
+            parts = _parts(module, values)
+            for number, each in enumerate(group):
+                try:
+                    each.found = module(each.given) if parts is None else parts[number]
+                except Exception as error:
+                    each.failure = error
+
+
+def _parts(module: nn.Module, values: Sequence[Any]) -> Sequence[Any] | None:
+    """What a module gives for several values, from one call; `None` where each has a call of its own."""
+    if len(values) == 1:
+        return None
+    try:
+        found: torch.Tensor = module(torch.stack(list(values)))
+    except Exception:  # whose it is shows where each is by itself
+        return None
+    return found.unbind()

@@ -52,6 +52,7 @@ class Running:
 
     args, kwargs: what the model is given.
     states: the state of each strand that takes part in it. plans: the plan of each, where they have different ones.
+    strands: what each asked for, which has the `failure` of those that failed.
     sites: the plan's sites with the functions that act in this run.
     shares: where several strands take part, what each brought.
     replaced: for modules that do not run, by their paths, what is called instead.
@@ -77,6 +78,7 @@ class Running:
     fired: list[int] = field(default_factory=list)
     generation: Generation | None = None
     plans: tuple[Forward, ...] = ()
+    strands: tuple[Any, ...] = ()
 
 
 @final
@@ -324,8 +326,9 @@ class Forward:
             assert plan.generation is not None
             count = generation.count if share is None else share.length or generation.count
             generation.finish(plan.generation.steps, count)
-        for share, of, plan in zip(shares, running.states, plans, strict=True):
-            for site in plan.results:
+        failed = [each.failure is not None for each in running.strands] or [False] * len(running.states)
+        for share, of, plan, over in zip(shares, running.states, plans, failed, strict=True):
+            for site in () if over else plan.results:
                 site.function(result if share is None else share.result(result), of)
 
     def _recorded(self, running: Running) -> AbstractContextManager[Any]:

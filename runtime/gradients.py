@@ -7,7 +7,7 @@ all of them and weights are left alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
@@ -20,6 +20,9 @@ from nnsight_compiler.ir.errors import RunError
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.passes.assignments import described
 from nnsight_compiler.runtime.autograd_recording import counted_parameters, plainly
+
+Arrival = Callable[[tuple[torch.Tensor | None, ...]], tuple[torch.Tensor | None, ...] | None]
+"""What autograd calls where gradients arrive: it may give others in their place."""
 
 AGAIN = "backward through the graph a second time"
 """What torch says where a graph was used before, and freed."""
@@ -165,7 +168,19 @@ class Backward:
             RunError: the loss has no gradient, or does not depend on a value whose gradient is asked for.
         """
         self._check(loss)
-        backward([(self, tracked, state)], loss, models, args, kwargs)
+        arrived = [False] * len(self.pieces)
+        handles: list[Any] = []
+        for number, each in enumerate(tracked):
+            handles.append(each.edge.node.register_prehook(self.arrival(number, each, arrived, state)))
+        handles += _spare(loss, models, self.named)
+        try:
+            loss.backward(*args, **kwargs)
+        except RuntimeError as error:
+            raise self.explained(error) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.check_arrived(arrived)
 
     def _check(self, loss: Any) -> None:
         if not isinstance(loss, torch.Tensor):
@@ -179,7 +194,7 @@ class Backward:
                 " weights of the model, `trace(…, grad=True)`"
             )
 
-    def _check_arrived(self, arrived: list[bool]) -> None:
+    def check_arrived(self, arrived: list[bool]) -> None:
         for piece, came in zip(self.pieces, arrived, strict=True):
             if not came:
                 self._missed(piece)
@@ -190,7 +205,8 @@ class Backward:
             "  way out: compute the loss from what depends on the value, outside of `torch.no_grad()`"
         )
 
-    def _hook(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Any:
+    def arrival(self, number: int, tracked: Tracked, arrived: list[bool], state: Any) -> Arrival:
+        """What is done where the gradient of a piece arrives."""
         piece, position = self.pieces[number], tracked.edge.output_nr
         function = piece.function
         assert function is not None
@@ -220,9 +236,9 @@ class Backward:
                     part.copy_(result)
             return (*gradients[:position], whole, *gradients[position + 1 :])
 
-        return tracked.edge.node.register_prehook(hook)
+        return hook
 
-    def _explained(self, error: RuntimeError) -> Exception:
+    def explained(self, error: RuntimeError) -> Exception:
         if AGAIN in str(error):
             return RunError(
                 f"{self.span}: an earlier backward pass of this forward freed what was recorded; the invokes of one"
@@ -239,54 +255,30 @@ class Backward:
         )
 
 
-Pass = tuple[Backward, tuple[Tracked, ...], Any]
-"""A backward pass as a program asks for it: its plan, the values whose gradients are asked for, the state."""
-
-
-def backward(
-    passes: Sequence[Pass], loss: torch.Tensor, models: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Runs `loss.backward(…)` for these passes, which are of one program: each has its gradients as they arrive. Of the
-    models' weights, those accumulate theirs that count.
-
-    Raises:
-        RunError: the loss does not depend on a value whose gradient is asked for.
-    """
-    plans = [plan for plan, _, _ in passes]
-    arrived = [[False] * len(plan.pieces) for plan in plans]
-    handles: list[Any] = []
-    for (plan, tracked, state), own in zip(passes, arrived, strict=True):
-        handles += [plan._hook(number, each, own, state) for number, each in enumerate(tracked)]
-    handles += _spare(loss, models, plans[0].named)
-    try:
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise plans[0]._explained(error) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    for plan, own in zip(plans, arrived, strict=True):
-        plan._check_arrived(own)
-
-
-def _spare(loss: torch.Tensor, models: Iterable[Any], named: tuple[str, ...]) -> list[Any]:
-    """Has the weights of these models accumulate nothing where a loss reaches them, but for those that are named."""
+def spared(models: Iterable[Any], named: tuple[str, ...]) -> set[int]:
+    """The identities of the weights of these models that accumulate nothing: all but those that are named."""
     weights: set[int] = set()
     for model in models:
         counting = counted_parameters(model._module, named)
         weights.update(
             id(each) for each in model._module.parameters() if each.requires_grad and id(each) not in counting
         )
+    return weights
+
+
+def _spare(loss: torch.Tensor, models: tuple[Any, ...], named: tuple[str, ...]) -> list[Any]:
+    """Has the weights of these models accumulate nothing where a loss reaches them, but for those that are named."""
+    weights = spared(models, named)
     if not weights:
         return []
     return [
         node.register_prehook(lambda gradients: (None,) * len(gradients))
-        for node in _leaves(loss)
+        for node in leaves_of(loss)
         if id(node.variable) in weights
     ]
 
 
-def _leaves(loss: torch.Tensor) -> Iterator[Any]:
+def leaves_of(loss: torch.Tensor) -> Iterator[Any]:
     """The nodes at which a backward pass from a loss would accumulate gradients."""
     return (node for node in nodes_reached(loss) if hasattr(node, "variable"))
 

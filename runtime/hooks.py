@@ -44,6 +44,7 @@ class SitePlan:
     left: what is left out where the module is skipped here.
     later: what does not exist where the forward is stopped before this site.
     first: whether of the arguments of a module only the first is looked at.
+    looks: whether the value is looked at, or written: else the site is but the moment at which something is done.
     required: from which tensors of what is read here gradients are recorded, as `require` counts them.
     """
 
@@ -58,6 +59,7 @@ class SitePlan:
     later: tuple[Later, ...] = ()
     required: tuple[int | None, ...] = ()
     first: bool = False
+    looks: bool = True
 
     @property
     def name(self) -> tuple[str, str, int | None]:

@@ -53,7 +53,8 @@ def _all(parts: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 def _both(first: SitePlan, second: SitePlan) -> SitePlan:
     """A site of two forwards."""
     steps = tuple(dict.fromkeys((*first.steps, *second.steps)))
-    return replace(first, steps=steps, first=first.first and second.first)
+    looks = first.looks or second.looks
+    return replace(first, steps=steps, first=first.first and second.first, looks=looks)
 
 
 def _last(forwards: Sequence[Forward]) -> SitePlan | None:

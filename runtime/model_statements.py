@@ -37,7 +37,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.values import Operand, Value
 from nnsight_compiler.passes.moments import first_step, last_step
 from nnsight_compiler.passes.share_prefixes import held_paths
-from nnsight_compiler.runtime import autograd_recording, caches, gradient_requests, gradients
+from nnsight_compiler.runtime import autograd_recording, backward_passes, caches, gradients
 from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.placed import (
     invoked,
@@ -191,7 +191,7 @@ class ModelStatements(PlacedStatements):
     def _ask_for_gradients(self, result: Value, outputs: Operand, inputs: Operand, span: Span) -> list[ast.stmt]:
         """Has a strand wait for gradients, which those of others come with."""
         given = [self.operand(outputs, span), self.operand(inputs, span), ast.Constant(str(span))]
-        return self._awaited(result, "wanted", gradient_requests.GradientsRequest, given)
+        return self._awaited(result, "wanted", backward_passes.GradientsRequest, given)
 
     def _backward(self, op: Backward) -> list[ast.stmt]:
         rest = _arguments(op.arguments, self)
@@ -203,7 +203,7 @@ class ModelStatements(PlacedStatements):
         if self.strands and not self.in_site:
             plan = self.constant("backward", self.backwards[id(op)])
             given = [plan, self.operand(op.loss, op.span), *tuples, state]
-            asked = ast.Call(func=self.constant("wanted", gradient_requests.BackwardRequest), args=given, keywords=[])
+            asked = ast.Call(func=self.constant("wanted", backward_passes.BackwardRequest), args=given, keywords=[])
             return [ast.Expr(value=self._served(asked))]
         given = [self.operand(op.loss, op.span), *rest, *tuples, state]
         return [ast.Expr(value=ast.Call(func=runner, args=given, keywords=[]))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from nnsight_compiler.ir.ops import (
@@ -22,6 +22,7 @@ from nnsight_compiler.ir.ops import (
     Item,
     Op,
     Operator,
+    Postponed,
     Read,
     Region,
     Stage,
@@ -33,6 +34,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import defined, walk
 from nnsight_compiler.ir.values import Module, Tuple, Value
 from nnsight_compiler.passes.known_calls import FUSED_CALL, MODULE_CALL
+from nnsight_compiler.passes.memory import Memory
 from nnsight_compiler.passes.pauses import pauses, pausing
 from nnsight_compiler.passes.rows import Batch
 from nnsight_compiler.passes.sink import waits_within
@@ -41,6 +43,7 @@ from nnsight_compiler.runtime import sites as support
 from nnsight_compiler.runtime.blocks import Exits
 from nnsight_compiler.runtime.budget import Measured
 from nnsight_compiler.runtime.expressions import Scope
+from nnsight_compiler.runtime.failures import Failure
 from nnsight_compiler.runtime.forwards import Forward
 from nnsight_compiler.runtime.inputs import Given
 from nnsight_compiler.runtime.invokes import Confirm
@@ -161,11 +164,46 @@ class PlacedStatements(Statements):
         state = load(self.names[self.state]) if self.has_state else ast.Constant(None)
         method = "side_by_side" if self.strands else "run"
         runner = ast.Attribute(value=self.constant("together", self.together), attr=method, ctx=ast.Load())
-        run: ast.expr = ast.Call(func=runner, args=[load(name), iterable, state], keywords=[])
+        memory = Memory.of(self.program, copies=True)
+        brought = ast.Constant(any(map(memory.outlives, memory.roots(op.iterable))))
+        run: ast.expr = ast.Call(func=runner, args=[load(name), iterable, state, brought], keywords=[])
         if self.strands:
             run = ast.YieldFrom(value=run)
         strand = function(name, plain_arguments(parameters), body)
         return [*before, strand, ast.Expr(value=run), *self.after(op.orelse, op, carried)]
+
+    def within(self, region: Region, exits: Exits) -> list[ast.stmt]:
+        places = [number for number, op in enumerate(region.ops) if isinstance(op, Postponed)]
+        if not places:
+            return super().within(region, exits)
+        start, end = places[0], places[-1] + 1
+        early, late, rest = region.ops[:start], region.ops[start:end], region.ops[end:]
+        where, name = late[0].span, self.names.fresh("failure")
+        marks = [op.reached for op in late if isinstance(op, Postponed) and isinstance(op.reached, Value)]
+        before = [self._mark(each) for each in marks if each.name not in self.crossing]
+        held = ast.Call(func=self.constant("failure", Failure), args=[], keywords=[])
+        guarded = super().within(Region((), early), replace(exits, falls=False))
+        made: list[ast.stmt] = [*before, ast.Assign(targets=[ast.Name(name, ast.Store())], value=held)]
+        made.append(ast.With(items=[ast.withitem(context_expr=load(name))], body=guarded))
+        turn = ast.Attribute(value=load(name), attr="turn", ctx=ast.Load())
+        made.append(ast.Expr(value=ast.YieldFrom(value=ast.Call(func=turn, args=[], keywords=[]))))
+        for op in late:
+            assert isinstance(op, Postponed), "what is postponed stands together"
+            made.append(_raised(name, self._reached(op)))
+            made += super().within(op.body, Exits())
+        made.append(_raised(name, ast.Constant(False)))
+        return [*(locate(each, where) for each in made), *super().within(Region((), rest), exits)]
+
+    def _mark(self, value: Value) -> ast.stmt:
+        """Says that a round has not come to where this value is made."""
+        return ast.Assign(targets=[self.target(value)], value=ast.Constant(False))
+
+    def _reached(self, op: Postponed) -> ast.expr:
+        """Whether a round came to where what is postponed stood."""
+        if not isinstance(op.reached, Value) or op.reached.name not in self.crossing:
+            return self.operand(op.reached, op.span)
+        held = [load(self.names[self.state]), ast.Constant(self.names[op.reached]), ast.Constant(False)]
+        return ast.Call(func=self.constant("getattr", getattr), args=held, keywords=[])
 
     def _strands(self, region: Region) -> list[ast.stmt]:
         """Strands, each a generator. What one makes for others lives in the state, which they have in common."""
@@ -251,3 +289,9 @@ class PlacedStatements(Statements):
     def _value(self, context: ast.expr_context | None = None) -> ast.Name:
         """The value at the site, in a site function."""
         return ast.Name(self.names[self.value], context or ast.Load())
+
+
+def _raised(failure: str, reached: ast.expr) -> ast.stmt:
+    """Raises what a round failed with, unless it had come to what follows."""
+    unless = ast.Attribute(value=load(failure), attr="unless", ctx=ast.Load())
+    return ast.Expr(value=ast.Call(func=unless, args=[reached], keywords=[]))

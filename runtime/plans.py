@@ -175,7 +175,8 @@ class _Generator(ModelStatements):
         accesses = [each for each in walk(at.body) if isinstance(each, (Read, Write))]
         first = at.port == "input" and all(each.port == "input" for each in accesses)
         calls, steps = counted_from_the_end(at), ranges(at)
-        return SitePlan(path, at.port, call, function, at.span, calls, steps, left, later, required, first)
+        looks = bool(accesses) or at.port not in ("input", "output")
+        return SitePlan(path, at.port, call, function, at.span, calls, steps, left, later, required, first, looks)
 
     def _driver(self, has_state: bool) -> ast.FunctionDef:
         program = self.program

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from nnsight_compiler.runtime.backward_passes import BackwardRequest, GradientsRequest
 from nnsight_compiler.runtime.calls import CallRequest
 from nnsight_compiler.runtime.forwards import Forward, Running
-from nnsight_compiler.runtime.gradient_requests import BackwardRequest, GradientsRequest
 from nnsight_compiler.runtime.input_axes import InputAxes, are_flat, input_axes, places
 from nnsight_compiler.runtime.inputs import Given, Runnable
 from nnsight_compiler.runtime.prefixes import Prefix
@@ -84,6 +84,11 @@ R = TypeVar("R", Request, BackwardRequest, GradientsRequest, CallRequest)
 def forwards_in(requests: Requests) -> tuple[Request, ...]:
     """The forwards among what is waited for."""
     return tuple(each for each in requests if isinstance(each, Request))
+
+
+def passes_in(requests: Requests) -> Iterator[BackwardRequest]:
+    """The backward passes among what is waited for."""
+    return (each for each in requests if isinstance(each, BackwardRequest))
 
 
 def awaited(

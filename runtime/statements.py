@@ -50,6 +50,7 @@ from nnsight_compiler.ir.ops import (
     Item,
     Load,
     Operator,
+    Postponed,
     Prefix,
     Raise,
     Read,
@@ -162,8 +163,8 @@ class Statements(Control):
             case Save(result=result, value=value, copy=False):
                 return [ast.Assign(targets=[self.target(result)], value=self.operand(value, span))]
             case (
-                Forward() | Prefix() | Release() | Strands() | Strand() | Session() | Invoke() | Steps() | FromEnd()
-                | Read() | Write() | Skip() | Save() | Stop()
+                Forward() | Prefix() | Release() | Postponed() | Strands() | Strand() | Session() | Invoke() | Steps()
+                | FromEnd() | Read() | Write() | Skip() | Save() | Stop()
                 | Backward() | Grad() | SetGrad() | At() | Cache() | Record() | Gradients() | Require() | Track()
                 | AtGradient() | Edit() | Applied() | Captured()
             ):  # fmt: skip

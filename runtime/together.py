@@ -4,7 +4,8 @@ A strand is a generator. It yields the forwards that it waits for, and goes on w
 are served at once, so that their forwards can be rows of one.
 
 Where one fails, those after it go no further, and those before it go on to their ends, as they would have by then: one
-of them may fail too, and its exception is the one that is raised.
+of them may fail too, and its exception is the one that is raised. What the one that fails had come to, and does to
+other things, comes last.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, final
 
 import torch
 
+from nnsight_compiler.runtime.backward_passes import BackwardRequest, settle
 from nnsight_compiler.runtime.batching import Batcher, Filling, is_seen
 from nnsight_compiler.runtime.budget import Allowance
-from nnsight_compiler.runtime.requests import Requests, forwards_in
+from nnsight_compiler.runtime.failures import FAILED
+from nnsight_compiler.runtime.requests import Requests, forwards_in, passes_in
 
 Strand = Generator[Requests, None, None]
 
@@ -36,9 +39,10 @@ class Together:
         self.batcher = batcher
         self._running = _Running()
 
-    def run(self, strand: Callable[[tuple[Any], Any], Strand], items: Iterable[Any], state: Any) -> None:
-        """Runs the loop. `strand` makes one round, of its item and a state of its own."""
-        self._serve(lambda: self.side_by_side(strand, items, state), state)
+    def run(self, strand: Callable[[tuple[Any], Any], Strand], items: Iterable[Any], state: Any, brought: bool) -> None:
+        """Runs the loop. `strand` makes one round, of its item and a state of its own. `brought`: whether others may
+        have the items too."""
+        self._serve(lambda: self.side_by_side(strand, items, state, brought), state)
 
     def run_strands(self, strands: tuple[Callable[[], Strand], ...], state: Any) -> None:
         """Runs strands of the same state."""
@@ -59,10 +63,11 @@ class Together:
             self._running.allowance = around
 
     def side_by_side(
-        self, strand: Callable[[tuple[Any], Any], Strand], items: Iterable[Any], state: Any
+        self, strand: Callable[[tuple[Any], Any], Strand], items: Iterable[Any], state: Any, brought: bool
     ) -> Iterator[Requests]:
-        """Advances the rounds, as many at once as can share a forward, and yields what they wait for."""
-        prefetches = _are_at_hand(items)
+        """Advances the rounds, as many at once as can share a forward, and yields what they wait for. An iterator that
+        others have too is taken from only as far as rounds come."""
+        prefetches = _are_at_hand(items) and not (brought and isinstance(items, Iterator))
         return self._advance((strand((item,), fork(state)) for item in items), prefetches)
 
     def _advance(self, remaining: Iterator[Strand], prefetches: bool) -> Iterator[Requests]:
@@ -71,7 +76,8 @@ class Together:
         allowance = self._running.allowance
         assert allowance is not None, "strands run inside of a call that began"
         failure: Exception | None = None
-        while failure is None:
+        failed: Strand | None = None
+        while failure is None and failed is None:
             waiting: list[tuple[Strand, Requests]] = []
             filling = Filling(self.batcher, allowance)
             try:
@@ -79,6 +85,9 @@ class Together:
                     requests = next(each, None)
                     if requests is None:
                         continue
+                    if requests is FAILED:
+                        failed = each
+                        break
                     waiting.append((each, requests))
                     if prefetches and len(waiting) == 1:
                         prefetches = not any(map(is_seen, forwards_in(requests)))
@@ -86,20 +95,32 @@ class Together:
                         break
             except Exception as error:
                 failure = error
-            if not waiting and failure is None:
+            if not waiting and failure is None and failed is None:
                 return
+            order = {id(each): number for number, (each, _) in enumerate(waiting)}
+            passes: list[tuple[int, BackwardRequest]] = []
+            last = len(order)
             while waiting:
                 yield tuple(request for _, requests in waiting for request in requests)
+                passes += [(order[id(each)], one) for each, requests in waiting for one in passes_in(requests)]
                 going: list[tuple[Strand, Requests]] = []
                 for each, _ in waiting:
                     try:
                         found = next(each, None)
                     except Exception as error:
-                        failure = error
+                        failure, failed, last = error, None, order[id(each)]
+                        break
+                    if found is FAILED:
+                        failure, failed, last = None, each, order[id(each)]
                         break
                     if found is not None:
                         going.append((each, found))
                 waiting = going
+            settle([one for number, one in passes if number <= last])
+        if failed is not None:
+            next(failed)
+            raise AssertionError("a strand that failed raises what it failed with")
+        assert failure is not None
         try:
             raise failure
         finally:

@@ -55,6 +55,18 @@ class Release(Op):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Postponed(Op):
+    """Made by `merge_forwards`: what a round does to other things, behind its last forward. Where the round fails
+    before that, this runs nevertheless if the round had come to where `reached` is made, which is where it stood; then
+    the exception goes on."""
+
+    effects = Effect.CONTROL
+    reached: Operand
+    body: Region
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Strands(Op):
     """Made by `merge_straight_forwards`: the strands in its region advance side by side, each to its next forward, and
     these forwards run as rows of one."""

@@ -28,6 +28,7 @@ from nnsight_compiler.ir.model_ops import (
     Grad,
     Gradients,
     Invoke,
+    Postponed,
     Prefix,
     Read,
     Record,
@@ -78,15 +79,15 @@ AnyOp = (
     Global | SetGlobal | Cell | Load | Store | Bound | Import
     | Attribute | SetAttribute | Item | SetItem | Delete | Build | Format | Unpack | Operator | Call | Closure | Stage
     | If | For | While | Try | With | Yield | Emit | Break | Continue | Return | Raise
-    | Forward | Prefix | Release | Strands | Strand | Session | Invoke | Steps | FromEnd | Read | Write | Skip | Save
-    | Cache | Record | Stop
+    | Forward | Prefix | Release | Postponed | Strands | Strand | Session | Invoke | Steps | FromEnd | Read | Write
+    | Skip | Save | Cache | Record | Stop
     | Backward | Grad | SetGrad | Edit | Applied | Captured | At | Gradients | Require | Track | AtGradient
 )  # fmt: skip
 """Every op there is. `match` over it ends in `assert_never`."""
 
 ALL_OPS: tuple[type[Op], ...] = get_args(AnyOp)
 TERMINATORS = (Yield, Break, Continue, Return, Raise)
-TRANSPARENT = (Forward, Strands, Strand, Session, Invoke, Steps, With, Backward, Applied, At, AtGradient)
+TRANSPARENT = (Forward, Postponed, Strands, Strand, Session, Invoke, Steps, With, Backward, Applied, At, AtGradient)
 """Ops whose region runs in place, so that its values stay visible after it."""
 
 __all__ = [
@@ -131,6 +132,7 @@ __all__ = [
     "Parameter",
     "ParameterKind",
     "Port",
+    "Postponed",
     "Prefix",
     "Raise",
     "Read",

@@ -36,7 +36,8 @@ class _Place:
 
     loop: how many values the nearest loop carries. yields: how many values a `yield` hands over here. Both `None` where
     there is none. forward, backward: whether ops of a forward, or of a backward pass, may stand here. closure: whether
-    a closure is around. strands: whether this is the region of a `strands`.
+    a closure is around. strands: whether this is the region of a `strands`. together: whether it is that of a loop
+    whose rounds run together.
     """
 
     loop: int | None = None
@@ -46,6 +47,7 @@ class _Place:
     closure: bool = False
     generator: bool = False
     strands: bool = False
+    together: bool = False
     depth: int = 1
 
 
@@ -181,6 +183,7 @@ class _Verifier:
     # --- the rules of each op ---
 
     def rules(self, op: AnyOp, place: _Place) -> None:
+        in_round, place = place.together, replace(place, together=False)
         inside = replace(place, yields=0)
         match op:
             case (
@@ -220,7 +223,8 @@ class _Verifier:
             case ops.For(results=results, initial=initial, body=body, orelse=otherwise):
                 self.loop(op, results, initial)
                 count = len(results)
-                self.region(op, body, replace(place, loop=count, yields=None), 1 + count, count)
+                rounds = replace(place, loop=count, yields=None, together=op.together)
+                self.region(op, body, rounds, 1 + count, count)
                 self.otherwise(op, otherwise, count, place)
             case ops.While(results=results, initial=initial, condition=condition, body=body, orelse=otherwise):
                 self.loop(op, results, initial)
@@ -258,6 +262,11 @@ class _Verifier:
                 if stops and (op.method == "generate" or ops.last_site(op) is None):
                     self.fail(op, "a forward stops after a site, and a generation does not")
                 self.region(op, body, replace(inside, forward=True), 0)
+            case ops.Postponed(body=body):
+                self.within(op, in_round, "loop whose rounds run together")
+                if _returns(body):
+                    self.fail(op, "what is postponed does not leave the program")
+                self.region(op, body, replace(inside, loop=None), 0)
             case ops.Strands(body=body):
                 if not all(isinstance(each, ops.Strand) for each in body.ops):
                     self.fail(op, "its region holds strands, and nothing else")
@@ -394,6 +403,7 @@ def _jumps(region: Region) -> bool:
             return through and all(_jumps(handler.body) for handler in handlers)
         case (
             ops.Forward(body=body)
+            | ops.Postponed(body=body)
             | ops.Strands(body=body)
             | ops.Strand(body=body)
             | ops.Session(body=body)

@@ -78,6 +78,7 @@ class Place:
     generator: bool = False
     exports: int = 0
     strand: bool = False
+    together: bool = False
     depth: int = 0
 
 
@@ -255,7 +256,10 @@ class Maker:
             kinds += [ops.Grad, ops.SetGrad] * 3 + ([ops.AtGradient] * 2 if place.depth < 4 else [])
         if place.generator:
             kinds += [ops.Emit] * 6
+        if place.together and place.depth < 4:
+            kinds += [ops.Postponed] * 9
         kind = self.pick(kinds)
+        place = replace(place, together=False)
         make = getattr(self, f"make_{kind.__name__.lower()}", None)
         held = self.plain(kind, place) if make is None else make(place)
         return kind(span=self.span(), **held)
@@ -363,10 +367,15 @@ class Maker:
 
     def make_for(self, place: Place) -> dict[str, Any]:
         count = self.below(3)
-        held = {"iterable": self.operand(), "initial": self.merges(count)}
-        body = self.region(replace(place, loop=count, yields=None, needed=count), 1 + count)
+        held = {"iterable": self.operand(), "initial": self.merges(count), "together": self.flag()}
+        inside = replace(place, loop=count, yields=None, needed=count, together=held["together"])
+        body = self.region(inside, 1 + count)
         orelse = self.inner(place, count, count) if self.flag() else None
-        return {**held, "body": body, "orelse": orelse, "results": self.defines(count), "together": self.flag()}
+        return {**held, "body": body, "orelse": orelse, "results": self.defines(count)}
+
+    def make_postponed(self, place: Place) -> dict[str, Any]:
+        inside = replace(place, depth=place.depth + 1, strand=True)
+        return {"reached": self.operand(), "body": self.within(inside, loop=None)}
 
     def make_while(self, place: Place) -> dict[str, Any]:
         count = self.below(3)

@@ -74,9 +74,46 @@ def test_what_is_printed_before_a_forward_waits_for_it() -> None:
     assert text.index("forward %1") < text.index("call %7(%p)") < text.index("call %9(%p)")
 
 
+def test_what_is_shown_before_a_line_that_may_fail_is_postponed() -> None:
+    write = "        set_item %2[:, %p] = %source"
+    shown = f"        %7 = global print\n        %8 = call %7(%2) as builtins.print\n{write}"
+    text, _ = run(loop("", before=PRINT_AGAIN.format("%p")).replace(write, shown))
+    expected = """
+    %9 = global print
+    %reached.1 = keep True
+    forward %1 = trace %model(%prompt)
+      at %model@h.3 output
+        %2 = read %model@h.3 output : f32[rows=1, tokens=4, 8]
+        %7 = global print
+        %0 = save %2
+        %reached = keep True
+        set_item %2[:, %p] = %source
+      at %model@lm_head output
+        %3 = read %model@lm_head output : f32[rows=1, tokens=4, 8]
+        %4 = item %3[0, -1]
+    postponed %reached.1
+      %10 = call %9(%p) as builtins.print
+    postponed %reached
+      %8 = call %7(%0) as builtins.print
+    continue
+"""
+    assert expected.strip("\n") in text
+
+
+def test_what_only_the_program_has_moves_as_it_is() -> None:
+    inside = "        %5 = attr %scores.append\n        %6 = call %5(%4) as method.append"
+    text, _ = run(loop("", inside, before="    %7 = attr %scores.append\n    %8 = call %7(1) as method.append"))
+    assert "together" in text
+    assert "postponed" not in text
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        (
+            loop("", before=PRINT.format("%p")).replace("= %source", "= %8"),
+            "a round may fail after the next one changed or showed something",
+        ),
         (loop("    %7 = global unknown\n    %8 = call %7(%4)"), "a call is not known, and may change or see anything"),
         (
             loop("    %7 = global torch\n    %9 = attr %7.rand\n    %8 = call %9(3) as torch.rand"),
