@@ -39,8 +39,12 @@ def backward(specialiser: Interpretation, op: ops.Backward) -> Completion | None
     _check(specialiser, loss, span)
     arguments = tuple(ops.Argument(specialiser.used(each.value), each.keyword, each.star) for each in op.arguments)
     specialiser.disturb()  # gradients of tensors from outside accumulate
-    with specialiser.builder.region() as made:
-        completion = specialiser.region(op.body)
+    outer, specialiser.in_backward = specialiser.in_backward, True
+    try:
+        with specialiser.builder.region() as made:
+            completion = specialiser.region(op.body)
+    finally:
+        specialiser.in_backward = outer
     specialiser.emit(ops.Backward(specialiser.use(loss), arguments, Region((), tuple(made)), span=span))
     return None if completion.kind in ("end", "yield") else completion
 
@@ -81,6 +85,11 @@ def grad(specialiser: Interpretation, op: ops.Grad) -> Abstract:
     if _is_own(value):
         attribute = ops.Attribute(op.result, op.value, "grad", span=op.span)
         return specialiser.evaluate.attribute(attribute, value, "grad")
+    return gradient_of(specialiser, value, op)
+
+
+def gradient_of(specialiser: Interpretation, value: Abstract, op: ops.Grad | ops.Attribute | ops.Read) -> Abstract:
+    """The gradient of a value of the model; `op` asks for it."""
     span = specialiser.span(op)
     operand = _differentiated(specialiser, value, span)
     result = specialiser.builder.fresh(op.result.name)
@@ -95,8 +104,12 @@ def set_grad(specialiser: Interpretation, op: ops.SetGrad) -> None:
     if _is_own(value):
         attribute = ops.SetAttribute(op.value, "grad", op.gradient, span=op.span)
         specialiser.evaluate.set_attribute(attribute, value, "grad", gradient)
-        return
-    span = specialiser.span(op)
+    else:
+        set_gradient_of(specialiser, value, gradient, specialiser.span(op))
+
+
+def set_gradient_of(specialiser: Interpretation, value: Abstract, gradient: Abstract, span: Span) -> None:
+    """The model goes on with this gradient of a value."""
     operand = _differentiated(specialiser, value, span)
     specialiser.emit(ops.SetGrad(operand, specialiser.use(gradient), span=span))
 

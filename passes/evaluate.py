@@ -18,7 +18,7 @@ from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.traverse import used
 from nnsight_compiler.ir.values import Module, Value
 from nnsight_compiler.passes.apply import Calls
-from nnsight_compiler.passes.differentiation import outside_of_backward
+from nnsight_compiler.passes.differentiation import gradient_of, outside_of_backward, set_gradient_of
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
     Abstract,
@@ -37,7 +37,7 @@ from nnsight_compiler.passes.facts import (
     is_handle,
     python_module,
 )
-from nnsight_compiler.passes.items import Items
+from nnsight_compiler.passes.items import Items, put
 from nnsight_compiler.passes.observed_calls import read_inside
 from nnsight_compiler.passes.sites import ATTENTION_VALUES
 from nnsight_compiler.passes.step_ranges import steps_op
@@ -110,6 +110,8 @@ class Evaluator(Items):
             return Abstract(None, Method(base, name), base.loops, base.live, op.span)
         self._perhaps_a_module(base, name, op.span)
         if name == "grad" and base.live:
+            if self.specialiser.in_backward:  # in a function that is called there
+                return gradient_of(self.specialiser, base, op)
             outside_of_backward(self.specialiser, op.span)
         kept = self._keep_attribute(op, base, name)
         if name in PLAIN_ATTRIBUTES:
@@ -279,6 +281,9 @@ class Evaluator(Items):
                 base.fact.forget()
         self._perhaps_a_module(base, name, span)
         if name == "grad" and base.live:
+            if self.specialiser.in_backward:
+                set_gradient_of(self.specialiser, base, value, span)
+                return
             outside_of_backward(self.specialiser, op.span, written=True)
         self.specialiser.change(base)
         self.specialiser.emit(
@@ -310,9 +315,10 @@ class Evaluator(Items):
                     case _:
                         items = None
                 continue
-            items.append(part)
-            if element.key is not None:
-                keys.append(self.specialiser.abstract(element.key))
+            if element.key is None:
+                items.append(part)
+            else:
+                put(keys, items, self.specialiser.abstract(element.key), part)
         if op.kind == "set" or items is None:
             for value in used(op):
                 held = self.specialiser.scope[value]

@@ -104,7 +104,7 @@ class Inlining:
                 program.body, dict(zip((p.value for p in program.parameters), bound, strict=True)), frame
             )
         except CompileError:
-            if must or _accesses(program):
+            if must or _accesses(program.body) or self._takes_gradients(program.body):
                 raise
             return keep_call(self.specialiser, op, function, arguments)
 
@@ -136,9 +136,15 @@ class Inlining:
             scope = {**fact.scope, **dict(zip((p.value for p in parameters), bound, strict=True))}
             return self._inline(fact.closure.body, scope, fact.frame)
         except CompileError:
-            if touches or unusable:
+            if touches or unusable or self._takes_gradients(fact.closure.body):
                 raise
             return keep_call(self.specialiser, op, function, arguments)
+
+    def _takes_gradients(self, body: ops.Region) -> bool:
+        """Whether a function says `.grad` and is called in a backward pass: it cannot run by itself then."""
+        return self.specialiser.in_backward and any(
+            isinstance(op, (ops.Attribute, ops.SetAttribute)) and op.name == "grad" for op in walk(body)
+        )
 
     def _generated(self, op: ops.Call, fact: Function, arguments: Arguments) -> Abstract:
         """A generator expression over the model: evaluated at once, into a list."""
@@ -285,10 +291,10 @@ def _runs_a_model(function: FunctionType, seen: frozenset[FunctionType] = frozen
         return False
     names = {op.name for op in walk(program.body) if isinstance(op, ops.Global)}
     called = (function.__globals__.get(name) for name in names)
-    return _accesses(program) or any(
+    return _accesses(program.body) or any(
         isinstance(each, FunctionType) and _runs_a_model(each, seen | {function}) for each in called
     )
 
 
-def _accesses(program: Program) -> bool:
-    return any(isinstance(op, (ops.Forward, ops.Edit, ops.Read, ops.Write)) for op in walk(program.body))
+def _accesses(body: ops.Region) -> bool:
+    return any(isinstance(op, (ops.Forward, ops.Edit, ops.Read, ops.Write)) for op in walk(body))

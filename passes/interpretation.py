@@ -98,7 +98,7 @@ class Interpretation:
         """The loops over steps: what depends on the number of a step may stay a condition of the run."""
         self.unrolling: list[Op] = []
         self.inlined: list[str] = []
-        self.editing = False
+        self.editing = self.in_backward = False
         self.closures = 0
         self.parameters: list[ops.Parameter] = []
         self.function = program.body

@@ -29,6 +29,7 @@ from nnsight_compiler.passes.facts import (
     holds_values,
     immutable,
     is_handle,
+    size_of,
 )
 from nnsight_compiler.passes.step_ranges import StepRanges
 
@@ -178,6 +179,7 @@ class Items(StepRanges):
         if base.kind == "dict":
             for held, item in zip(base.keys, items, strict=True):
                 if isinstance(held.fact, Known) and held.fact.value == key:
+                    self.specialiser.demand(held, op.span, "this key")
                     return item
             return None
         if isinstance(key, slice):
@@ -205,15 +207,22 @@ class Items(StepRanges):
                     items[index.fact.value] = value
                 else:
                     base.fact.forget()
-            case Elements(kind="dict", items=list() as items):
-                base.fact.keys.append(index)
-                items.insert(len(items), value)
-                base.fact.forget()
+            case Elements(kind="dict", items=list()):
+                self._put(base.fact, index, value)
             case Elements():
                 base.fact.forget()
         self.specialiser.change(base)
         use = self.specialiser.use
         self.specialiser.emit(ops.SetItem(use(base), use(index), use(value), span=self.specialiser.span(op)))
+
+    def _put(self, container: Elements, key: Abstract, value: Abstract) -> None:
+        """`container[key] = value`, of a dict. It is followed on where its keys are constants of the program."""
+        assert container.items is not None
+        container.size += size_of(value)
+        put(container.keys, container.items, key, value)
+        self.specialiser.work(0, container.size)
+        if not all(map(_is_constant_key, container.keys)):
+            container.forget()
 
     def unpack(self, op: ops.Unpack) -> None:
         value = self.specialiser.abstract(op.value)
@@ -410,3 +419,19 @@ class Items(StepRanges):
         for index, item in enumerate(items):
             item.fact = Known(held[index], text and f"{text}[{index}]")
         return items
+
+
+def put(keys: list[Abstract], items: list[Abstract], key: Abstract, value: Abstract) -> None:
+    """What an entry of a dict makes of its keys and their items: the last of two with the same constant key stays."""
+    if _is_constant_key(key):
+        for place, held in enumerate(keys):
+            if _is_constant_key(held) and held.fact == key.fact:
+                items[place] = value
+                return
+    keys.append(key)
+    items.append(value)
+
+
+def _is_constant_key(key: Abstract) -> bool:
+    """Whether a key is one that the program itself says."""
+    return isinstance(key.fact, Known) and key.fact.text is None and type(key.fact.value) in (bool, int, str)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.values import Literal
-from nnsight_compiler.passes.bounded import TEXT, may_apply
+from nnsight_compiler.passes.bounded import TEXT, is_bounded, may_apply
 from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, Known, constant, immutable
 from nnsight_compiler.passes.interpretation import Interpretation
 
@@ -25,11 +25,15 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "~": operator.invert,
     "not": operator.not_,
 }
+CONVERSIONS: dict[str, Callable[[Any], str]] = {"": format, "s": str, "r": repr, "a": ascii}
+"""How a replacement field of an f-string makes text."""
 
 
 def interpret_operator(specialiser: Interpretation, op: ops.Operator) -> Abstract:
     """The result of an operator."""
     parts = [specialiser.evaluate.resolved(specialiser.abstract(operand)) for operand in op.operands]
+    if op.operator == "+" and (joined := _joined(specialiser, op, *parts)) is not None:
+        return joined
     for part in parts:
         if isinstance(part.fact, Elements) and op.in_place:
             part.fact.forget()
@@ -54,6 +58,54 @@ def interpret_operator(specialiser: Interpretation, op: ops.Operator) -> Abstrac
     live = 0 if plain else max(part.live for part in parts)
     at_run = any(part.at_run for part in parts)
     return Abstract(result, None if value is None else value.fact, loops, live, span, at_run)
+
+
+def interpret_format(specialiser: Interpretation, op: ops.Format) -> None:
+    """An f-string: computed where all in it are constants of the program."""
+    parts = [_text(specialiser, part) for part in op.parts]
+    whole = None if None in parts else "".join(part for part in parts if part is not None)
+    if whole is None or len(whole) > TEXT:
+        specialiser.keep(op, live=0)  # text
+    else:
+        specialiser.scope[op.result] = constant(whole)
+
+
+def _text(specialiser: Interpretation, part: str | ops.FormatPart) -> str | None:
+    if isinstance(part, str):
+        return part
+    match specialiser.abstract(part.value).fact:
+        case Known(value=bool() | int() | str() as value, text=None) if part.specification is None:
+            return CONVERSIONS[part.conversion](value) if is_bounded(value) else None
+    return None
+
+
+def _joined(
+    specialiser: Interpretation, op: ops.Operator, left: Abstract, right: Abstract | None = None
+) -> Abstract | None:
+    """The sum of two lists or tuples that are followed, which is followed, too; `None` for all else."""
+    if right is None or not isinstance(left.fact, Elements) or not isinstance(right.fact, Elements):
+        return None
+    first, second = left.fact, right.fact
+    extends = op.in_place and first.kind == "list" and second.kind in ("list", "tuple")
+    if first.items is None or second.items is None or not (extends or first.kind == second.kind != "dict"):
+        return None
+    if first.kind == "list" and (left.operand is None) != (right.operand is None):
+        return None  # modules, which only lists that hold nothing else can hold
+    items = [*first.items, *second.items]
+    specialiser.work(0, first.size + second.size)
+    if first.kind == "tuple":
+        return specialiser.pack(items)
+    fact = Elements("list", items)
+    if extends:
+        fact = first
+        fact.items, fact.size = items, first.size + second.size - 1
+    span = specialiser.span(op)
+    if left.operand is None:
+        return Abstract(None, fact, span=span)
+    result = specialiser.builder.fresh(op.result.name)
+    operands = specialiser.use(left), specialiser.use(right)
+    specialiser.emit(ops.Operator(result, "+", operands, op.in_place, span=span))
+    return Abstract(result, fact, left.loops | right.loops, 0, span, left.at_run or right.at_run)
 
 
 def _folded(op: ops.Operator, parts: list[Abstract]) -> Abstract | None:

@@ -46,7 +46,7 @@ from nnsight_compiler.passes.facts import (
 )
 from nnsight_compiler.passes.invokes import interpret_invoke
 from nnsight_compiler.passes.names import read_name
-from nnsight_compiler.passes.operators import interpret_operator
+from nnsight_compiler.passes.operators import interpret_format, interpret_operator
 from nnsight_compiler.passes.remarks import Remark
 from nnsight_compiler.passes.rows import Part
 from nnsight_compiler.passes.sites import Order
@@ -232,7 +232,7 @@ class Specialiser(Staging):
             case ops.Return():
                 return Completion("return", (self.abstract(op.value),), self.span(op))
             case ops.Format():
-                self.keep(op, live=0)  # text
+                interpret_format(self, op)
             case ops.Emit():
                 self.evaluate.calls.emit_generated(op)
             case ops.Raise():
