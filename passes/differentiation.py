@@ -12,6 +12,7 @@ from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.ops import Region
 from nnsight_compiler.ir.span import Span
 from nnsight_compiler.ir.values import Operand, Tuple, Value
+from nnsight_compiler.passes.completion import AccessInClosure
 from nnsight_compiler.passes.decisions import Undecided
 from nnsight_compiler.passes.facts import (
     NO_LOOPS,
@@ -169,6 +170,8 @@ def _is_own(value: Abstract) -> bool:
 
 def _differentiated(specialiser: Interpretation, value: Abstract, span: Span) -> Operand:
     """The value that a gradient is taken with respect to, which must be one value."""
+    if specialiser.closures:
+        raise AccessInClosure
     match value.fact:
         case SiteModule() | SiteCalls() | Tracer() | Function():
             specialiser.fail(span, "only values have gradients, not modules", "take the gradient of its `.output`")

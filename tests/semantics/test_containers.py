@@ -222,6 +222,21 @@ def test_a_function_that_takes_gradients_and_cannot_be_inlined_is_refused(model,
 
 
 @intervene
+def handed_to_map(model, prompt):
+    with model.trace(prompt):
+        hidden = model.layers[0].output
+        with model.lm_head.output[0, -1, 3].backward():
+            found = list(map(lambda value: value.grad, [hidden]))
+    return found
+
+
+def test_a_function_that_takes_gradients_is_called_by_name(model, clean) -> None:
+    with pytest.raises(CompileError, match="this touches the model and cannot be handed on as a value") as caught:
+        handed_to_map(model, clean)
+    assert caught.value.diagnostics[0].way_out == "call it by name here"
+
+
+@intervene
 def under_a_key_of_the_caller(model, prompt, name):
     with model.trace(prompt):
         held = {name: model.layers[0].output.sum(), "z": model.layers[1].output.sum()}
