@@ -54,6 +54,11 @@ def is_handle(value: object) -> TypeGuard[ModuleHandle]:
     return inspect.getattr_static(kind, "_path", None) is not None and hasattr(kind, "_module")
 
 
+def is_constant(value: Abstract) -> bool:
+    """Whether a value is a number or a text that the program itself says."""
+    return isinstance(value.fact, Known) and value.fact.text is None and type(value.fact.value) in (bool, int, str)
+
+
 def immutable(value: object) -> bool:
     """Whether a value can never change: numbers, strings, ranges, and tuples of such."""
     if isinstance(value, tuple):

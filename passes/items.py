@@ -28,6 +28,7 @@ from nnsight_compiler.passes.facts import (
     constant,
     holds_values,
     immutable,
+    is_constant,
     is_handle,
     size_of,
 )
@@ -221,7 +222,7 @@ class Items(StepRanges):
         container.size += size_of(value)
         put(container.keys, container.items, key, value)
         self.specialiser.work(0, container.size)
-        if not all(map(_is_constant_key, container.keys)):
+        if not all(map(is_constant, container.keys)):
             container.forget()
 
     def unpack(self, op: ops.Unpack) -> None:
@@ -423,15 +424,10 @@ class Items(StepRanges):
 
 def put(keys: list[Abstract], items: list[Abstract], key: Abstract, value: Abstract) -> None:
     """What an entry of a dict makes of its keys and their items: the last of two with the same constant key stays."""
-    if _is_constant_key(key):
+    if is_constant(key):
         for place, held in enumerate(keys):
-            if _is_constant_key(held) and held.fact == key.fact:
+            if is_constant(held) and held.fact == key.fact:
                 items[place] = value
                 return
     keys.append(key)
     items.append(value)
-
-
-def _is_constant_key(key: Abstract) -> bool:
-    """Whether a key is one that the program itself says."""
-    return isinstance(key.fact, Known) and key.fact.text is None and type(key.fact.value) in (bool, int, str)

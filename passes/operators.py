@@ -9,7 +9,7 @@ from typing import Any
 from nnsight_compiler.ir import ops
 from nnsight_compiler.ir.values import Literal
 from nnsight_compiler.passes.bounded import TEXT, is_bounded, may_apply
-from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, Known, constant, immutable
+from nnsight_compiler.passes.facts import NO_LOOPS, Abstract, Elements, Known, constant, immutable, is_constant
 from nnsight_compiler.passes.interpretation import Interpretation
 
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -34,6 +34,8 @@ def interpret_operator(specialiser: Interpretation, op: ops.Operator) -> Abstrac
     parts = [specialiser.evaluate.resolved(specialiser.abstract(operand)) for operand in op.operands]
     if op.operator == "+" and (joined := _joined(specialiser, op, *parts)) is not None:
         return joined
+    if op.operator in ("in", "not in") and (found := _contained(*parts)) is not None:
+        return constant(found == (op.operator == "in"))
     for part in parts:
         if isinstance(part.fact, Elements) and op.in_place:
             part.fact.forget()
@@ -106,6 +108,15 @@ def _joined(
     operands = specialiser.use(left), specialiser.use(right)
     specialiser.emit(ops.Operator(result, "+", operands, op.in_place, span=span))
     return Abstract(result, fact, left.loops | right.loops, 0, span, left.at_run or right.at_run)
+
+
+def _contained(item: Abstract, container: Abstract) -> bool | None:
+    """Whether a constant is among those of a container that is followed; `None` where not all of them are known."""
+    match container.fact:
+        case Elements(kind="dict", items=list(), keys=entries) | Elements(items=list() as entries):
+            if is_constant(item) and all(map(is_constant, entries)):
+                return any(entry.fact == item.fact for entry in entries)
+    return None
 
 
 def _folded(op: ops.Operator, parts: list[Abstract]) -> Abstract | None:

@@ -24,6 +24,7 @@ TOLERANCE = 1e-5
 
 FORMS = {
     "modules.an_attached_module": ("blocks",),
+    "idioms.a_lambda_for_each_layer": ("blocks", "experiment"),
     **{
         f"edits.{name}": ("blocks",)
         for name in (
@@ -37,7 +38,7 @@ FORMS = {
     },
 }
 """The forms of a program, where not both: experiments leave the model alone, so that modules are attached, and models
-edited in place, outside of them."""
+edited in place, outside of them; a service is not sent functions that a container holds."""
 
 
 def cases() -> list[Any]:

@@ -673,3 +673,31 @@ def test_an_error_shows_the_user_s_line() -> None:
     span = caught.value.diagnostics[0].span
     assert (span.file, span.line, span.column) == ("shown.py", 3, 15)
     assert "        return model.layer.output\n                   ^^^^^^^^^^^" in str(caught.value)
+
+
+# --- constants of the program in containers and texts ---
+
+
+@pytest.mark.parametrize(
+    ("source", "left"),
+    [
+        ("if number in (0, 2): model.h[1].output = 0", False),
+        ("if number not in [0, 2]: model.h[1].output = 0", True),
+        ("if number in {1: 'a', 2: 'b'}: model.h[1].output = 0", True),
+        ("held = {}; held[number] = 1\n        if number in held: model.h[1].output = 0", True),
+        ("if f'h.{number}' == 'h.1': model.h[1].output = 0", True),
+        ("if f'h.{number!r:>2}' == 'h. 1': model.h[1].output = 0", None),
+        ("if number in (0, x.shape[0]): model.h[1].output = 0", None),
+        ("if number in (0, which): model.h[1].output = 0", None),
+    ],
+)
+def test_conditions_on_constants_are_decided(source: str, left: bool | None) -> None:
+    program = lower_source(
+        f"def f(model, x, which):\n    number = 1\n    with model.trace(x):\n        {source}\n        y = model.output\n"
+        "    return y\n",
+        "constants.py",
+    )
+    given = {"model": MODEL, "x": X, "which": 1}
+    text = str(specialise(program, Subject(given, GLOBALS, {}, lower_function, save)).program)
+    assert ("if " in text) == (left is None), text
+    assert ("write" in text) == (left is not False)
