@@ -684,7 +684,7 @@ def test_an_error_shows_the_user_s_line() -> None:
         ("if number in (0, 2): model.h[1].output = 0", False),
         ("if number not in [0, 2]: model.h[1].output = 0", True),
         ("if number in {1: 'a', 2: 'b'}: model.h[1].output = 0", True),
-        ("held = {}; held[number] = 1\n        if number in held: model.h[1].output = 0", True),
+        ("held = {}; held[number] = 1\n            if number in held: model.h[1].output = 0", True),
         ("if f'h.{number}' == 'h.1': model.h[1].output = 0", True),
         ("if f'h.{number!r:>2}' == 'h. 1': model.h[1].output = 0", None),
         ("if number in (0, x.shape[0]): model.h[1].output = 0", None),
@@ -692,12 +692,16 @@ def test_an_error_shows_the_user_s_line() -> None:
     ],
 )
 def test_conditions_on_constants_are_decided(source: str, left: bool | None) -> None:
-    program = lower_source(
-        f"def f(model, x, which):\n    number = 1\n    with model.trace(x):\n        {source}\n        y = model.output\n"
-        "    return y\n",
-        "constants.py",
-    )
+    text = f"""
+    def f(model, x, which):
+        number = 1
+        with model.trace(x):
+            {source}
+            y = model.output
+        return y
+    """
+    program = lower_source(dedent(text), "constants.py")
     given = {"model": MODEL, "x": X, "which": 1}
-    text = str(specialise(program, Subject(given, GLOBALS, {}, lower_function, save)).program)
-    assert ("if " in text) == (left is None), text
-    assert ("write" in text) == (left is not False)
+    found = str(specialise(program, Subject(given, GLOBALS, {}, lower_function, save)).program)
+    assert ("if " in found) == (left is None), found
+    assert ("write" in found) == (left is not False)
