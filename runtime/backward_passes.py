@@ -216,7 +216,7 @@ def _accumulate(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
 
 def _hooks_after(tensor: torch.Tensor) -> dict[int, Any]:
     """What the user has called once a tensor accumulated a gradient."""
-    hooks: dict[int, Any] | None = tensor._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    hooks: dict[int, Any] | None = tensor._post_accumulate_grad_hooks
     return {} if hooks is None else hooks
 
 
