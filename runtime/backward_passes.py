@@ -3,6 +3,9 @@
 Where what a strand does as a gradient arrives fails, it does no more in that pass, and the others go on: the exception
 is raised in its strand. A tensor that is not the model's accumulates what strands give it once it is known which of
 them came to their passes: those that fail before, and all behind one that fails, give it nothing.
+
+Hooks of such a tensor see what each pass gives it: passes that reach one with hooks are never one, and what is to be
+called once a gradient is accumulated waits for that.
 """
 
 from __future__ import annotations
@@ -140,11 +143,15 @@ class Gathered:
         models = {id(model): model for each in passes for model in each.models}
         weights = spared(models.values(), passes[0].plan.named)
         handles: list[Any] = []
+        stilled: list[tuple[dict[int, Any], dict[int, Any]]] = []
         for node in leaves_of(loss) if isinstance(loss, torch.Tensor) else ():
             if id(node.variable) in weights:
                 handles.append(node.register_prehook(_nothing))
             else:
                 handles.append(node.register_prehook(self._taking(node.variable, passes)))
+                hooks = _hooks_after(node.variable)
+                stilled.append((hooks, dict(hooks)))
+                hooks.clear()
                 for each in passes:
                     each.gathered = self
         try:
@@ -152,6 +159,8 @@ class Gathered:
         finally:
             for handle in handles:
                 handle.remove()
+            for hooks, before in stilled:
+                hooks.update(before)
 
     def _taking(self, tensor: torch.Tensor, passes: tuple[BackwardRequest, ...]) -> Arrival:
         def take(given: tuple[torch.Tensor | None, ...]) -> tuple[None, ...]:
@@ -200,18 +209,36 @@ def _accumulate(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
     else:
         with torch.no_grad():
             tensor.grad += gradient
+    with torch.no_grad():
+        for hook in tuple(_hooks_after(tensor).values()):
+            hook(tensor)
+
+
+def _hooks_after(tensor: torch.Tensor) -> dict[int, Any]:
+    """What the user has called once a tensor accumulated a gradient."""
+    hooks: dict[int, Any] | None = tensor._post_accumulate_grad_hooks
+    return {} if hooks is None else hooks
+
+
+def _is_hooked(node: Any) -> bool:
+    """Whether hooks of the user are called where a node accumulates a gradient."""
+    tensor = getattr(node, "variable", None)
+    return tensor is not None and bool(tensor._backward_hooks or _hooks_after(tensor))
 
 
 def _are_apart(requests: Sequence[BackwardRequest | GradientsRequest]) -> bool:
     """Whether the sum of the losses has the gradients that each of these asks for: each loss is a number that depends
     on the values whose gradients are asked for with it, and on none of which another is asked for. So it is with rows
-    of a forward, of which each loss has its own; a tensor that the program had before may be in all of them."""
+    of a forward, of which each loss has its own; a tensor that the program had before may be in all of them, unless
+    hooks of the user make something else of its gradient."""
     own = [{each.edge.node for each in one.tracked if each.part is None} for one in requests]
     asked = Counter(node for nodes in own for node in nodes)
     for one, nodes in zip(requests, own, strict=True):
         if not isinstance(one.loss, torch.Tensor) or one.loss.numel() != 1 or not one.loss.requires_grad:
             return False
         nodes_of_loss = set(nodes_reached(one.loss))
+        if any(map(_is_hooked, nodes_of_loss)):
+            return False
         if any(each.edge.node not in nodes_of_loss for each in one.tracked):
             return False
         if any(times > (node in nodes) and node in nodes_of_loss for node, times in asked.items()):

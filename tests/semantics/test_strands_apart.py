@@ -86,6 +86,51 @@ def test_a_tensor_that_is_in_several_losses_has_the_gradient_of_the_one_that_is_
 
 
 @intervene
+def accumulates_in_a_loop(model, prompts, vector):
+    for prompt in prompts:
+        with model.trace(prompt):
+            model.transformer.h[0].output[:, -1] += vector
+            loss = model.lm_head.output[0, -1, 3]
+            with loss.backward():
+                pass
+
+
+@intervene
+def accumulates_one_by_one(model, prompts, vector):
+    with model.trace(prompts[0]):
+        model.transformer.h[0].output[:, -1] += vector
+        loss = model.lm_head.output[0, -1, 3]
+        with loss.backward():
+            pass
+    with model.trace(prompts[1]):
+        model.transformer.h[0].output[:, -1] += vector
+        loss = model.lm_head.output[0, -1, 3]
+        with loss.backward():
+            pass
+
+
+@pytest.mark.parametrize("experiment", [accumulates_in_a_loop, accumulates_one_by_one], ids=["loop", "straight"])
+def test_hooks_of_a_tensor_see_what_each_pass_gives_it(model, clean, corrupt, vectors, experiment):
+    def given(experiment: Any) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:
+        vector, seen, after = vectors[0].detach().clone().requires_grad_(), [], []
+
+        def capped(gradient: Tensor) -> Tensor:
+            seen.append(gradient)
+            return gradient.clamp(-1e-3, 1e-3)
+
+        vector.register_hook(capped)
+        vector.register_post_accumulate_grad_hook(
+            lambda tensor: after.append(None if tensor.grad is None else tensor.grad.clone())
+        )
+        experiment(model, [clean, corrupt], vector)
+        return seen, after, vector.grad
+
+    found, wanted = given(experiment), given(experiment.with_options(without="all"))
+    assert len(wanted[0]) == len(wanted[1]) == 2
+    close(found, wanted)
+
+
+@intervene
 def crossed(model, clean, corrupt):
     losses = []
     with model.trace(clean):
