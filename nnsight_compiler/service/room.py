@@ -70,7 +70,7 @@ class Room:
             raise NoSpaceError(f"fewer than {RESERVE} bytes are free at {self._folder}; make room on that disk")
 
     def _retry_after(self, waiting: int) -> int:
-        """When a tenth of those that wait will have been begun, as fast as it went since some have: 1 to 300 seconds."""
+        """When a tenth of those that wait will have been begun, as fast as it went since some do: 1 to 300 seconds."""
         if len(self._begun) < 2:
             return 5
         seconds_each = (self._clock() - self._begun[0]) / len(self._begun)
