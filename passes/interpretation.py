@@ -242,7 +242,10 @@ class Interpretation:
                 pass  # the program has written to it by now
             case Known(value=known, text=text):
                 if not immutable(known) and hasattr(type(known), "__index__"):  # a tensor, or a number of numpy's
-                    known, text = operator.index(known), text and f"({text}).__index__()"
+                    try:
+                        known, text = operator.index(known), text and f"({text}).__index__()"
+                    except TypeError as error:
+                        self.fail(span, f"{what} must be a whole number: {error}", "give an int, or a tensor of one")
                 if text is not None and isinstance(known, slice):  # which has no hash before Python 3.12
                     self.guards.add(f"({text}).__reduce__()[1]", "value", (known.start, known.stop, known.step))
                 elif text is not None:

@@ -34,7 +34,7 @@ FIRST_SECONDS = 10.0
 ANSWER_SECONDS = 300.0
 """How long an answer that is JSON may take, from its first byte to its last."""
 BUSY_SECONDS = 300.0
-"""How long, in all, a client waits because the service has no room."""
+"""How long a client waits because the service has no room, from when it first said so."""
 MAX_ANSWER = 64 * 2**20
 """Bytes of an answer that is JSON: the modules of the largest models take a few megabytes."""
 
@@ -217,12 +217,12 @@ class Pauses:
     ) -> None:
         self._connection = connection
         self._notice, self._deadline = notice, deadline
-        self._busy_until = time.monotonic() + BUSY_SECONDS
         self.heard()
 
     def alive(self) -> None:
         """The service gives a sign of life: patience begins anew."""
         self._until: float | None = None
+        self._busy_until: float | None = None
 
     def heard(self) -> None:
         """Something new was heard of the service: so do the pauses."""
@@ -271,7 +271,10 @@ class Pauses:
         pause = _retry_after(response.headers.get("retry-after"))
         pause = min(0.5 * 2**self._attempts, 10.0) if pause is None else max(pause, 0.05)
         self._attempts += 1
-        if time.monotonic() + pause > self._busy_until:
+        self._until, now = None, time.monotonic()  # the line is good
+        if self._busy_until is None:
+            self._busy_until = now + BUSY_SECONDS
+        if now + pause > self._busy_until:
             try:
                 self._connection.check(response, body, asked)
             except BusyError as error:

@@ -128,7 +128,7 @@ def _refusal(status: int, said: Mapping[str, Any], url: str, key: str | None, as
                 "  way out: it may be of another version than this package; update the older of the two"
             )
         case 429 | 503:
-            return BusyError(f"{url} takes no job now: {message}\n  way out: try again later")
+            return BusyError(f"{url} does nothing about {asked} now: {message}\n  way out: try again later")
         case _ if 300 <= status < 400:
             return ServiceError(
                 f"{url} sends requests on to another address, where an API key would not be safe (HTTP {status})\n"

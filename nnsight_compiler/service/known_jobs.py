@@ -4,8 +4,8 @@
     steer(model, "The Eiffel Tower is in", other)      is not: it is admitted as the first was
 
 What a check rests on is the job's header (its whole document, and the shapes of its tensors), the content of tensors
-that belong to its code or to edits, uploads by their hash, and the limits of its tenant; a model stays what it is while
-the service runs. The content of tensors that are data is looked at by no check.
+that belong to its code or to edits, or whose numbers may be the index of a layer, uploads by their hash, and the limits
+of its tenant; a model stays what it is while the service runs. Fractions that are data are looked at by no check.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, final
 
-from nnsight_compiler.remote.container import JobHeader, header_bytes, job_header, read_header
+from nnsight_compiler.remote.container import Entry, JobHeader, header_bytes, job_header, read_header
 from nnsight_compiler.service.arrived import expected_job
 from nnsight_compiler.service.engine import Admission, Content
 from nnsight_compiler.service.tenants import Tenant
@@ -25,8 +25,11 @@ MOST = 1024
 """How many headers are kept, and how many admissions."""
 LONGEST = 2**16
 """Bytes of a header that is kept."""
-DATA = ("data.", "state.")
-"""What the names of tensors begin with whose content no check looks at."""
+STATE = "state."
+"""What the names of tensors begin with whose content no check looks at, whatever they are."""
+DATA = "data."
+"""What those begin with of which none looks at fractions."""
+FRACTIONS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -61,8 +64,8 @@ class KnownJobs:
             held = _recent(self._headers, digest)
             if held is None:
                 header = read_header(content)
-                code = [each for name, each in header.tensors.items() if not name.startswith(DATA)]
-                held = job_header(header), [(len(head) + each.start, len(head) + each.end) for each in code]
+                relied = [each for name, each in header.tensors.items() if _may_rest_on(name, each)]
+                held = job_header(header), [(len(head) + each.start, len(head) + each.end) for each in relied]
         if not isinstance(content, bytes) or len(head) > LONGEST:
             return Arrived(held[0], None)
         _keep(self._headers, digest, held)
@@ -79,6 +82,11 @@ class KnownJobs:
         """Notes how a job was admitted."""
         if job.kind is not None:
             _keep(self._admissions, job.kind, admission)
+
+
+def _may_rest_on(name: str, tensor: Entry) -> bool:
+    """Whether a check may look at the content of a tensor: `model.layers[index]` is another layer for another index."""
+    return not (name.startswith(STATE) or (name.startswith(DATA) and tensor.dtype in FRACTIONS))
 
 
 def _recent(held: OrderedDict[K, V], key: K) -> V | None:

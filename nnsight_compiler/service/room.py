@@ -41,6 +41,8 @@ class Room:
     def check_queue(self, tenant: Tenant) -> None:
         """Raises QueueFullError where another job of this tenant may not wait."""
         queued = int(self._database.number(QUEUED))
+        if not queued:
+            self._begun.clear()  # until now nothing waited, however long that was
         if queued >= self._max_queued:
             raise QueueFullError(f"{queued} jobs wait, as many as may; try again later", self._retry_after(queued))
         own = int(self._database.number(f"{QUEUED} AND tenant = ?", tenant.name))
@@ -68,7 +70,7 @@ class Room:
             raise NoSpaceError(f"fewer than {RESERVE} bytes are free at {self._folder}; make room on that disk")
 
     def _retry_after(self, waiting: int) -> int:
-        """When a tenth of those that wait will have been begun, as fast as it went lately: 1 to 300 seconds."""
+        """When a tenth of those that wait will have been begun, as fast as it went since some do: 1 to 300 seconds."""
         if len(self._begun) < 2:
             return 5
         seconds_each = (self._clock() - self._begun[0]) / len(self._begun)

@@ -611,6 +611,7 @@ def test_a_block_gives_back_what_was_saved_and_names_what_was_not() -> None:
 REFUSED = [
     ("%0 = attr %model.hh", "Net has no `hh`; did you mean h?"),
     ("%0 = item %layers[7]", "h (ModuleList) holds 3 modules: no index 7 (0 to 2)"),
+    ("%0 = item %layers[%x]", "which module this is must be a whole number: only integer tensors of a single element"),
     ("%0 = attr %other.output", "this module belongs to another model than the one that this `with` runs"),
     ("%0 = attr %layers.calls\n%1 = attr %0.output", "`.calls` needs the number of the call"),
     ("set_attr %model.training = True", "`training` of `the model` cannot be assigned in an experiment"),

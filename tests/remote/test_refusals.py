@@ -231,9 +231,38 @@ def test_a_service_that_stays_busy(service: ScriptedService, monkeypatch: pytest
     with pytest.raises(BusyError) as raised:
         run(service)
     assert str(raised.value) == (
-        f"{service.url} takes no job now: the queue is full\n  way out: try again later (it asks for 600 s)"
+        f"{service.url} does nothing about this job now: the queue is full\n"
+        "  way out: try again later (it asks for 600 s)"
     )
     assert len(service.requests) == 1
+
+
+def test_what_was_heard_in_between_is_no_waiting(service: ScriptedService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of events that goes on for longer than a client waits for room, breaks, and finds none at first."""
+    monkeypatch.setattr(connection, "BUSY_SECONDS", 0.5)
+    service.script.hold = threading.Event()
+    busy = Reply.error(429, "256 requests of ada are being answered", "too_many_requests", Retry_After="0")
+    service.instead = [("GET .*/events", service.route), ("GET .*/events", busy)]
+    service.cuts = [("GET .*/events", 400)]  # with a sign of life every 50 ms: after more than a second
+    later = threading.Timer(2.5, service.script.hold.set)
+    later.start()
+    try:
+        assert run(service) == b"the result"
+    finally:
+        later.cancel()
+    asked = [each.path for each in service.requests]
+    assert sum(path.endswith("/events") for path in asked) == 3
+
+
+def test_a_service_that_is_busy_with_other_requests(service: ScriptedService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "BUSY_SECONDS", 0.5)
+    service.instead = [("GET .*", Reply.error(429, "256 requests of ada are being answered", Retry_After="600"))]
+    with pytest.raises(BusyError) as raised:
+        run(service)
+    assert str(raised.value) == (
+        f"{service.url} does nothing about job job0 now: 256 requests of ada are being answered\n"
+        "  way out: try again later (it asks for 600 s)"
+    )
 
 
 def test_a_service_that_is_not_ready_is_waited_for(service: ScriptedService) -> None:

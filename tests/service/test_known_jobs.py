@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from admitting import Limits as OfJob
@@ -60,6 +61,13 @@ def chosen(model, prompt, which):
 
 
 @intervene
+def indexed(model, prompt, layer):
+    with model.trace(prompt):
+        hidden = model.layers[layer].output
+    return hidden
+
+
+@intervene
 def listed(model, prompt, layers):
     found = []
     for layer in layers:
@@ -86,9 +94,9 @@ def test_two_jobs_of_a_kind_are_admitted_alike(model: LanguageModel) -> None:
     calls: list[tuple[Experiment, tuple[Any, ...]]] = [
         (steer, (SHORT, VECTOR, 1)), (steer, (SHORT, VECTOR * 3, 1)), (steer, (SHORT, VECTOR, 2)),
         (steer, (OTHER, VECTOR, 1)), (steer, (SHORT, VECTOR[None], 1)), (steer, (SHORT, VECTOR.double(), 1)),
-        (chosen, (SHORT, torch.tensor(0))), (chosen, (SHORT, torch.tensor(2))),
-        (listed, (SHORT, torch.tensor([0, 1]))), (listed, (SHORT, torch.tensor([2, 0]))),
-        (listed, (SHORT, torch.tensor([2, 0, 1]))), (drawn, (SHORT, 1.0)), (drawn, (SHORT, 1.0)), (drawn, (SHORT, 2.0)),
+        (chosen, (SHORT, torch.tensor(0.0))), (chosen, (SHORT, torch.tensor(2.0))), (chosen, (SHORT, torch.tensor(2))),
+        (listed, (SHORT, torch.tensor([0, 1]))), (listed, (SHORT, torch.tensor([2, 0, 1]))),
+        (drawn, (SHORT, 1.0)), (drawn, (SHORT, 1.0)), (drawn, (SHORT, 2.0)),
     ]  # fmt: skip
     kinds: dict[object, list[Any]] = {}
     known = KnownJobs()
@@ -97,7 +105,7 @@ def test_two_jobs_of_a_kind_are_admitted_alike(model: LanguageModel) -> None:
         made = job_of(experiment, {"model": model, **dict(zip(_names(experiment)[1:], values, strict=True))})
         admitted = Admitter(Executor(model)).admit(made, OfJob())
         kinds.setdefault(known.arrived(pack(made), ADA).kind, []).append((experiment, admitted))
-    assert [len(alike) for alike in kinds.values()] == [2, 1, 1, 1, 1, 2, 2, 1, 2, 1]
+    assert [len(alike) for alike in kinds.values()] == [2, 1, 1, 1, 1, 2, 1, 1, 1, 2, 1]
     for alike in kinds.values():
         assert all(each == alike[0] for each in alike)
 
@@ -116,6 +124,23 @@ def test_what_belongs_to_the_code_is_looked_at(model: LanguageModel, monkeypatch
             edited.layers[0].output[:] += vector
         edits.append(KnownJobs().arrived(pack(job_of(steer, _given(edited))), ADA).kind)
     assert edits[0] != edits[1]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name", "given"),
+    [
+        (indexed, "layer", [torch.tensor(0), torch.tensor(2), torch.tensor(99)]),
+        (indexed, "layer", [numpy.array(0), numpy.array(2), numpy.array(99)]),
+        (indexed, "layer", [torch.tensor(True), torch.tensor(False)]),
+        (listed, "layers", [list(torch.tensor(each).unbind()) for each in ([0, 1], [0, 2], [0, 99])]),
+    ],
+)
+def test_a_tensor_that_may_be_an_index_is_looked_at(
+    model: LanguageModel, experiment: Experiment, name: str, given: list[Any]
+) -> None:
+    jobs = [job_of(experiment, {"model": model, "prompt": SHORT, name: each}) for each in given]
+    kinds = [KnownJobs().arrived(pack(each), ADA).kind for each in jobs]
+    assert len(set(kinds)) == len(given)
 
 
 def test_a_tensor_that_was_uploaded_counts_by_its_hash(model: LanguageModel) -> None:
@@ -182,7 +207,7 @@ async def test_a_service_checks_a_job_that_it_knows_no_more(tmp_path: Path, monk
             return await admit(payload, *given)
 
         monkeypatch.setattr(running.engine, "admit", count)
-        entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+        entry = {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}
         document = _header(job(["result", "a"]))
         numbers = itertools.count()
         for name in ("data.0", "data.0", "code.0", "code.0"):

@@ -439,6 +439,20 @@ def test_when_to_try_again_follows_how_fast_it_goes(queue: Queue) -> None:
     assert refused.value.retry_after == 8  # a tenth of 40, at 2 seconds each
 
 
+def test_hours_in_which_nothing_waited_do_not_say_how_fast_it_goes(queue: Queue) -> None:
+    store = queue.open(max_queued=40)
+    for _ in range(20):
+        queue.now += 600.0
+        submit(store)
+        store.lease(1, 1)
+    queue.now += 36_000.0
+    for _ in range(40):
+        submit(store)
+    with pytest.raises(QueueFullError) as refused:
+        submit(store)
+    assert refused.value.retry_after == 5
+
+
 def test_events_of_a_flood_are_cut_with_one_that_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     id = submit(store).id
     ((job,),) = (lease.jobs for lease in store.lease(1, 1))
