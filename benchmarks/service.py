@@ -97,20 +97,31 @@ def percentiles(taken: list[float]) -> dict[str, float]:
 
 
 def overhead(rounds: int = 200) -> dict[str, Any]:
-    """One client: each round runs the experiment here and there."""
+    """One client: each round runs the experiment here and there, as a job like the one before (`known`, which is not
+    checked again), and as one on a prompt of its own (`new`)."""
     model = LanguageModel("tiny", dispatch=True)
     torch.set_num_threads(1)
+    taken: dict[str, list[float]] = {"here": [], "known": [], "new": []}
     with served("tiny", "--threads", "1") as url:
-        given = (model, PROMPT, "The Space Needle is in the city of", 1, -1)
-        assert torch.allclose(patch(*given), patch(*given, remote=url), atol=1e-5)
-        for _ in range(20):
-            patch(*given), patch(*given, remote=url)
-        here, there = [], []
-        for _ in range(rounds):
-            here.append(timed(lambda: patch(*given)))
-            there.append(timed(lambda: patch(*given, remote=url)))
-    beyond = [b - a for a, b in zip(here, there, strict=True)]
-    return {"here_ms": percentiles(here), "there_ms": percentiles(there), "overhead_ms": percentiles(beyond)}
+
+        def turn(number: int) -> None:
+            known = (model, PROMPT, "The Space Needle is in the city of", 1, -1)
+            new = (model, PROMPT, f"The Space Needle is in the city of {number}", 1, -1)
+            taken["here"].append(timed(lambda: patch(*known)))
+            taken["known"].append(timed(lambda: patch(*known, remote=url)))
+            taken["new"].append(timed(lambda: patch(*new, remote=url)))
+            if number == 0:
+                assert torch.allclose(patch(*known), patch(*known, remote=url), atol=1e-5)
+                assert torch.allclose(patch(*new), patch(*new, remote=url), atol=1e-5)
+
+        for number in range(20 + rounds):
+            turn(number)
+    taken = {name: times[20:] for name, times in taken.items()}
+    beyond = {
+        name: percentiles([there - here for here, there in zip(taken["here"], taken[name], strict=True)])
+        for name in ("known", "new")
+    }
+    return {"here_ms": percentiles(taken["here"]), "overhead_ms": beyond}
 
 
 def clients(count: int = 64, seconds: float = 15.0) -> dict[str, Any]:

@@ -253,13 +253,12 @@ class Calls(Inlining):
                 items.extend(more)
                 container.size += sum(map(size_of, more))
                 self.specialiser.work(0, container.size)
-            case "items", [] if container.kind == "dict" and items is not None:
-                pairs = zip(container.keys, items, strict=True)
-                return self.specialiser.pack([self.specialiser.pack([key, item]) for key, item in pairs])
-            case "values", [] if container.kind == "dict" and items is not None:
-                return self.specialiser.pack(list(items))
-            case "keys", [] if container.kind == "dict" and items is not None:
-                return self.specialiser.pack(list(container.keys))
+            case "keys" | "values" | "items", [] if container.kind == "dict" and items is not None:
+                assert isinstance(function.fact, Method)
+                view = Iteration(VIEWS[name], (function.fact.receiver,))
+                if function.fact.receiver.operand is None:  # it holds modules
+                    return Abstract(None, view, span=op.span)
+                return keep_call(self.specialiser, op, function, arguments, known_method(name), view)
             case "index" | "count" | "copy" | "get", _:
                 pass
             case _:

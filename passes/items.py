@@ -359,6 +359,8 @@ class Items(StepRanges):
 
     def _countable(self, value: Abstract) -> bool:
         match self.resolved(value).fact:
+            case Iteration(kind="keys" | "values" | "items", bases=(Abstract(fact=Elements(items=items)),)):
+                return items is not None
             case (
                 SiteModule()
                 | SiteCalls(call=None)
@@ -397,7 +399,9 @@ class Items(StepRanges):
         return items
 
     def _entries(self, value: Abstract, kind: str, base: Abstract, span: Span) -> list[Abstract]:
-        """The items of a view of a known dict."""
+        """The items of a view of a dict."""
+        if isinstance(base.fact, Elements):
+            return self._entries_of_followed(kind, base.fact, base, span)
         assert isinstance(base.fact, Known)
         held, text = base.fact.value, base.fact.text
         if not self._unchanged(held):
@@ -407,6 +411,15 @@ class Items(StepRanges):
         self.specialiser.emit(ops.Build(listed, "list", (element,), span=self.specialiser.frame.override or span))
         entries, spelled = list(getattr(held, kind)()), None if text is None else f"list({text}.{kind}())"
         return self._elements_of_known(Abstract(listed, None, value.loops, value.live, span), entries, spelled, span)
+
+    def _entries_of_followed(self, kind: str, container: Elements, base: Abstract, span: Span) -> list[Abstract]:
+        if container.items is None:
+            return self.specialiser.unknown(base, span, "what this loop goes over")
+        self.specialiser.work(len(container.items))
+        if kind != "items":
+            return list(container.keys if kind == "keys" else container.items)
+        pairs = zip(container.keys, container.items, strict=True)
+        return [self.specialiser.pack([key, item]) for key, item in pairs]
 
     def _elements_of_known(self, value: Abstract, held: Any, text: str | None, span: Span) -> list[Abstract]:
         self.specialiser.work(len(held))
