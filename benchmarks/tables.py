@@ -52,6 +52,8 @@ def faults(name: str, libraries: Mapping[str, Result]) -> list[str]:
     """What is out of its bound in a workload: ours, and hooks that are not as good as they should be."""
     workload, found = WORKLOADS[name], []
     for library, result in libraries.items():
+        if name not in result["workloads"]:
+            continue  # it cannot say this workload
         contestants = result["workloads"][name]["contestants"]
         taken = ratio(contestants, BEST, NAIVE, "cpu").median
         if library == "ours":

@@ -111,3 +111,16 @@ def test_what_is_out_of_its_bound_is_told(modules) -> None:
         "S3: ours takes 1.2 × the best hooks (wall), bound 1.1",
         "S3: ours takes 1.2 × the best hooks (cpu), bound 1.1",
     ]
+
+
+def test_a_peer_that_cannot_say_a_workload_is_no_fault(modules, ours) -> None:
+    workload = modules.workloads["S6"]
+    with torch.set_grad_enabled(workload.gradients):
+        measured = ours.run(workload, rounds=3, seconds=0)
+    silent = {"library": "pyvene", "versions": {}, "threads": 1, "workloads": {}}
+    results = {"ours": {**silent, "library": "ours", "workloads": {"S6": measured}}, "pyvene": silent}
+    told = modules.tables.faults("S6", results)
+    assert all(fault.startswith("S6: ours takes") for fault in told)
+    table = modules.tables.workloads({"S6": results})
+    assert "| ours | best hooks |" in table
+    assert "| pyvene |" not in table
