@@ -22,10 +22,11 @@ from nnsight_compiler.passes.parts import Positionwise
 from nnsight_compiler.passes.shapes import Extent
 from nnsight_compiler.passes.sites import operations
 from nnsight_compiler.passes.specialise import Specialised
+from nnsight_compiler.passes.subject import Inputs
 from nnsight_compiler.positions_apart import positionwise_of
 from nnsight_compiler.runtime.autograd_recording import adapters
 from nnsight_compiler.runtime.observation import Observation
-from nnsight_compiler.shapes import Inputs, extent_of, why_undivided
+from nnsight_compiler.shapes import extent_of, why_undivided
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Checker

@@ -31,10 +31,10 @@ from nnsight_compiler.passes.check_unused_values import UnusedValueWarning
 from nnsight_compiler.passes.manager import PassResult
 from nnsight_compiler.passes.shapes import Extent
 from nnsight_compiler.passes.specialise import Specialised
-from nnsight_compiler.passes.subject import Subject
+from nnsight_compiler.passes.subject import Inputs, Subject
 from nnsight_compiler.passes.survey import Unchecked, UncheckedError, survey
 from nnsight_compiler.runtime.observation import Observation
-from nnsight_compiler.shapes import Inputs, extent_of
+from nnsight_compiler.shapes import extent_of
 
 Placed = TypeVar("Placed", Diagnostic, Unchecked)
 MODEL = "model"

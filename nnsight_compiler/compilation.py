@@ -49,7 +49,7 @@ from nnsight_compiler.passes.skips import check_skips
 from nnsight_compiler.passes.specialise import Specialised, specialise
 from nnsight_compiler.passes.stop_early import stop_early
 from nnsight_compiler.passes.streams import Stream
-from nnsight_compiler.passes.subject import Subject
+from nnsight_compiler.passes.subject import Inputs, Subject
 from nnsight_compiler.passes.unite_forwards import unite_forwards
 from nnsight_compiler.positions_apart import conditions_of
 from nnsight_compiler.runtime.functions import generate_function
@@ -58,7 +58,7 @@ from nnsight_compiler.runtime.placed_statements import Axes
 from nnsight_compiler.runtime.plans import Plan, plan
 from nnsight_compiler.runtime.shares import SiteAxes
 from nnsight_compiler.runtime.support import UNBOUND
-from nnsight_compiler.shapes import Inputs, found_axes, site_axes, why_not_apart
+from nnsight_compiler.shapes import found_axes, site_axes, why_not_apart
 
 if TYPE_CHECKING:
     from nnsight_compiler.check import Checker

@@ -18,12 +18,12 @@ from nnsight_compiler.ir.types import TensorType
 from nnsight_compiler.ir.values import Module, Operand, Value
 from nnsight_compiler.observations import axes_of, cost_of
 from nnsight_compiler.passes.specialise import Specialised
+from nnsight_compiler.passes.subject import Inputs
 from nnsight_compiler.runtime.axes import Axes, AxisError
 from nnsight_compiler.runtime.costs import Cost
 from nnsight_compiler.runtime.cut import layer_lists
 from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.runs import Ran
-from nnsight_compiler.shapes import Inputs
 
 Kept = tuple[Event, int]
 """Bytes that are alive from an event on."""

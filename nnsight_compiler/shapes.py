@@ -16,13 +16,12 @@ from nnsight_compiler.observations import axes_of
 from nnsight_compiler.passes.shapes import Extent
 from nnsight_compiler.passes.sites import PlacePort, event_port
 from nnsight_compiler.passes.stand_ins import UNKNOWN
+from nnsight_compiler.passes.subject import Inputs
 from nnsight_compiler.runtime.apart import mixed
 from nnsight_compiler.runtime.axes import Axes, AxisError, Opaque, TensorAxes
 from nnsight_compiler.runtime.observation import Event
 from nnsight_compiler.runtime.shadow import is_transformers
 from nnsight_compiler.runtime.shares import SiteAxes, SitesAxes
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def extent_of(

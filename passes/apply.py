@@ -224,7 +224,7 @@ class Calls(Inlining):
         if not _finds_positions(running.module.handle):
             fail(op.span, "positions by words need a tokenizer", "wrap the model by `LanguageModel(…)`")
         prompt = self.evaluator.prompt((running.invoke or running.op).arguments, op.span)
-        model = self.evaluator._module_value(running.module.handle._root, running.module, op.span)
+        model = self.evaluator.module_value(running.module.handle._root, running.module, op.span)
         return self._of_module(op, model, "position", [(ops.Argument(NONE), prompt), *arguments])
 
     def _of_container(

@@ -185,9 +185,9 @@ class Evaluator(Items):
         except AttributeError as error:
             self.specialiser.fail(span, str(error), handle._shown)
         if is_handle(found):
-            return self._module_value(found, module, op.span)
+            return self.module_value(found, module, op.span)
         if isinstance(found, list) and all(map(is_handle, found)):
-            return self.specialiser.pack([self._module_value(part, module, op.span) for part in found])
+            return self.specialiser.pack([self.module_value(part, module, op.span) for part in found])
         if not handle._path and not hasattr(handle._module, name) and not inspect.ismethod(found):
             kept = self._keep_attribute(op, Abstract(module.model, span=op.span), name)  # the wrapper's, as `tokenizer`
             kept.fact = Known(found, f"{module.text}.{name}")
@@ -195,8 +195,7 @@ class Evaluator(Items):
         if callable(found):
             return Abstract(None, Method(base, name), span=op.span)
         kept = self._keep_attribute(op, Abstract(Module(module.model, handle._path), span=op.span), name)
-        path = f"._root._module.get_submodule({handle._path!r})" if handle._path else ""
-        kept.fact = Known(found, f"{module.text}{path}.{name}")
+        kept.fact = Known(found, f"{module.torch_module if handle._path else module.text}.{name}")
         return kept
 
     def _attention(self, base: Abstract, name: str, span: Span) -> Abstract | None:
@@ -208,7 +207,7 @@ class Evaluator(Items):
             found = module.handle._attention(name)
         except AttributeError as error:
             self.specialiser.fail(span, str(error), "`print(model)` shows the tree of its modules")
-        value = self._module_value(found, module, span)
+        value = self.module_value(found, module, span)
         if isinstance(base.fact, SiteCalls):
             assert isinstance(value.fact, SiteModule)
             value.fact = SiteCalls(value.fact, base.fact.call)
@@ -220,7 +219,7 @@ class Evaluator(Items):
                 self.specialiser.fail(op.span, f"`.{name}` belongs to a forward that is not running here")
             running = self.specialiser.forward
             port = "result" if running.op.method == "generate" else "output"
-            return self._read(op, self._module_value(running.module.handle._root, running.module, op.span), port)
+            return self._read(op, self.module_value(running.module.handle._root, running.module, op.span), port)
         if name not in TRACER:
             names = ", ".join(f"`{each}`" for each in TRACER)
             self.specialiser.fail(self.specialiser.span(op), f"a tracer has no `.{name}`", f"it has {names}")

@@ -93,6 +93,11 @@ class SiteModule:
     step: int | None = None
     edits: tuple[OwnEdit, ...] = ()
 
+    @property
+    def torch_module(self) -> str:
+        """The Python expression that gives the torch module at each call."""
+        return f"{self.text}._root._module.get_submodule({self.handle._path!r})"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OwnEdit:

@@ -68,7 +68,7 @@ class Items(StepRanges):
         """A module that the source program names by its path."""
         root = self.resolved(model)
         assert isinstance(root.fact, SiteModule), "the model of a module is a wrapped model"
-        return root if not path else self._module_value(root.fact.handle[path], root.fact, model.span)
+        return root if not path else self.module_value(root.fact.handle[path], root.fact, model.span)
 
     def model(self, value: Abstract, span: Span, method: str) -> SiteModule:
         """The wrapped model whose forward a `with` runs."""
@@ -91,7 +91,7 @@ class Items(StepRanges):
                 )
         return self.specialiser.unknown(value, span, "which model runs")
 
-    def _module_value(self, handle: Any, parent: SiteModule, span: Span) -> Abstract:
+    def module_value(self, handle: Any, parent: SiteModule, span: Span) -> Abstract:
         fact = replace(parent, handle=handle)
         return Abstract(Module(parent.model, handle._path), fact, span=span)
 
@@ -161,12 +161,10 @@ class Items(StepRanges):
             )
         several = isinstance(key, slice) or isinstance(found, (list, tuple))
         if several or (isinstance(key, int) and key < 0):
-            self.specialiser.guards.add(
-                f"{module.text}._root._module.get_submodule({handle._path!r})", "length", len(handle)
-            )
+            self.specialiser.guards.add(module.torch_module, "length", len(handle))
         if several:
-            return self.specialiser.pack([self._module_value(part, module, op.span) for part in found])
-        return self._module_value(found, module, op.span)
+            return self.specialiser.pack([self.module_value(part, module, op.span) for part in found])
+        return self.module_value(found, module, op.span)
 
     def _element(self, op: ops.Item, base: Elements, items: list[Abstract], index: Abstract) -> Abstract | None:
         """An element of a container that is followed; `None` where the index is not known."""
@@ -304,10 +302,8 @@ class Items(StepRanges):
             )
         match value.fact:
             case SiteModule(handle=handle) as module:
-                self.specialiser.guards.add(
-                    f"{module.text}._root._module.get_submodule({handle._path!r})", "length", len(handle)
-                )
-                return [self._module_value(part, module, span) for part in handle]
+                self.specialiser.guards.add(module.torch_module, "length", len(handle))
+                return [self.module_value(part, module, span) for part in handle]
             case SiteCalls(module=module, call=None):
                 return self.each_call(module, span)
             case SiteCalls():
@@ -348,7 +344,7 @@ class Items(StepRanges):
         """The columns of a `zip`; one of unknown length follows the known ones, item by item."""
         known: list[list[Abstract] | None] = []
         for base in bases:
-            known.append(self.iterate(base, span) if self._countable(base) else None)
+            known.append(self.iterate(base, span) if self.countable(base) else None)
         lengths = [len(column) for column in known if column is not None]
         if not lengths:
             return [self.iterate(base, span) for base in bases]
@@ -357,7 +353,7 @@ class Items(StepRanges):
             columns.append(column if column is not None else self._indexed(base, min(lengths), span))
         return columns
 
-    def _countable(self, value: Abstract) -> bool:
+    def countable(self, value: Abstract) -> bool:
         match self.resolved(value).fact:
             case Iteration(kind="keys" | "values" | "items", bases=(Abstract(fact=Elements(items=items)),)):
                 return items is not None
@@ -369,7 +365,7 @@ class Items(StepRanges):
             ):
                 return True
             case Iteration(bases=bases):
-                return any(map(self._countable, bases))
+                return any(map(self.countable, bases))
             case Known(value=held):
                 listed = isinstance(held, (list, tuple, dict, str, range)) and has_length(held)
                 return listed and self._unchanged(held)
@@ -384,7 +380,7 @@ class Items(StepRanges):
                 return all(map(self.listable, bases))
             case Known(value=held):
                 return immutable(held) or (isinstance(held, (list, tuple, dict)) and self._unchanged(held))
-        return self._countable(value)
+        return self.countable(value)
 
     def _indexed(self, base: Abstract, length: int, span: Span) -> list[Abstract]:
         """The first items of a value that only the run gives."""

@@ -164,7 +164,7 @@ class _Repetition:
             found += self._made(value, op)
         if isinstance(op, ops.If) and self.code.results_anew(op):
             found += [part.ops[-1] for part in regions(op) if part.ops]
-        number = self.code.body.index(op)
+        number = next(number for number, each in enumerate(self.code.body) if each is op)
         reads = {root for root in self.memory.reads(op) if not isinstance(root, Site)}
         for earlier in self.code.body[:number]:
             plain = not any(True for _ in regions(earlier))

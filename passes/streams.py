@@ -111,7 +111,7 @@ def _at(evaluator: Evaluator, base: Abstract, stream: Stream, span: Span) -> Abs
     """The module at whose site the value stands, at the same call."""
     module = base.fact.module if isinstance(base.fact, SiteCalls) else base.fact
     assert isinstance(module, SiteModule)
-    site = evaluator._module_value(module.handle._root[stream.path], module, span)
+    site = evaluator.module_value(module.handle._root[stream.path], module, span)
     if isinstance(base.fact, SiteCalls):
         assert isinstance(site.fact, SiteModule)
         return Abstract(None, SiteCalls(site.fact, base.fact.call), span=span)

@@ -103,14 +103,13 @@ def _length(
     specialiser.guards.rely_on_identity(function.fact)
     match value.fact:
         case SiteModule(handle=handle) as module:
-            text = f"{module.text}._root._module.get_submodule({handle._path!r})"
-            specialiser.guards.add(text, "length", len(handle))
+            specialiser.guards.add(module.torch_module, "length", len(handle))
             return constant(len(handle))
         case SiteCalls(module=module, call=None):
             return constant(len(specialiser.evaluate.each_call(module, op.span)))
         case Elements(items=list() as items):
             return constant(len(items))
-        case Known(value=held, text=text) if specialiser.evaluate._countable(value):
+        case Known(value=held, text=text) if specialiser.evaluate.countable(value):
             if text is None:
                 return constant(len(held))
             fact = Known(len(held), f"len({text})")
